@@ -20,8 +20,9 @@ from scipy.stats import binomtest, chisquare
 from conftest import refuses
 from data.fakes import Noise, Words
 from data.fakes import make_loader as make
+from declip.data import order as orders
 from declip.data.columns import Columns
-from declip.data.loader import Order
+from declip.data.order import Order
 from declip.data.pair import PairSource
 from declip.data.sources.open import open_source
 from declip.data.sources.shards import ShardSource
@@ -311,6 +312,29 @@ def test_the_default_is_the_permutation_that_runs_were_trained_with():
         assert epoch_of(order, epoch).tolist() == whole.tolist()
         assert steps(order, 37 * epoch, 37 * epoch + 37).tolist() == whole[:296].tolist()
     assert order.steps_per_epoch == 37
+
+
+def test_processes_of_a_machine_compute_a_large_permutation_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(orders, "SHARED_FROM", 302)
+    files = (tmp_path / "orders").glob
+    for epoch in range(4):  # those before the last one leave
+        whole = np.random.default_rng((5, epoch, 302)).permutation(302)
+        assert Order(SHARDS, 8, 5, None).group(epoch, 0).tolist() == whole.tolist()
+        assert len([*files("*")]) == min(epoch + 1, 2)
+    # The next process reads what this one wrote, and other seeds and epochs have other files.
+    first, second = sorted(files("*"), key=lambda path: path.stat().st_mtime_ns)
+    second.write_bytes(first.read_bytes())
+    third = np.random.default_rng((5, 2, 302)).permutation(302).tolist()
+    assert steps(Order(SHARDS, 8, 5, None), 3 * 37, 4 * 37).tolist() == third[:296]
+    assert Order(SHARDS, 8, 6, None).group(3, 0).tolist() != third
+    # A cache that cannot be written, and fewer pairs
+    monkeypatch.setenv("DECLIP_CACHE", str(first))
+    whole = np.random.default_rng((7, 0, 302)).permutation(302)
+    assert Order(SHARDS, 8, 7, None).group(0, 0).tolist() == whole.tolist()
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "unused"))
+    Order(Numbers(301), 8, 5, None).group(0, 0)
+    assert not (tmp_path / "unused").exists()
 
 
 @pytest.mark.parametrize("buffer", [1, 40, 100, 1000])

@@ -71,7 +71,8 @@ def show_cache() -> None:
 @cache.command("clear")
 def remove_cached(
     folder: Annotated[
-        str | None, Argument(help="name of one folder; default: features, shards, heads and tables")
+        str | None,
+        Argument(help="name of one folder; default: features, shards, heads, orders and tables"),
     ] = None,
 ) -> None:
     """Remove cached files that can be computed or downloaded again. Files in use stay."""

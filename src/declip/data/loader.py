@@ -1,7 +1,6 @@
 """Batches by step: which pairs in which order, their views as tensors, and worker processes that work ahead.
 
-A batch is a pure function of the seed and the step. The seed (seed, epoch, i) belongs to pair i (see `Assembler`),
-(seed, epoch, pairs) to the permutation of an epoch, and longer ones to everything below.
+A batch is a pure function of the seed and the step. The seed (seed, epoch, i) belongs to pair i (see `Assembler`).
 """
 
 from __future__ import annotations
@@ -19,16 +18,13 @@ from torch.utils.data import default_collate
 
 from declip.data.batch import IGNORED, PairBatch, Photometric, Plan, View, pack_photometric
 from declip.data.images.views import Crop, ViewTransform
+from declip.data.order import Order
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
 from declip.data.text.augment import augment, mask_tokens
 from declip.data.text.tokenizer import CaptionTokenizer, padded_length
 from declip.errors import UserError
 from declip.io.pool import imap, naming_lost_workers
 
-SHUFFLE_BUFFER = (
-    50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
-)
-BLOCKS_STREAM, GROUP_STREAM = 1, 2
 SEEN_BEFORE_STOPPING = (
     100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
 )
@@ -36,70 +32,6 @@ SEEN_BEFORE_STOPPING = (
 
 Augment = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 """A view (3, S, S) uint8 and the random numbers of its pair → the view (3, S, S) uint8, before color jitter."""
-
-
-class Order:
-    """Batches by step: the pairs of an epoch, permuted by the seed; the last ones may fill no batch.
-
-    With a buffer, as remote shards have by default, an epoch has the shards in a sampled order, and groups of them with
-    about `buffer` pairs are permuted. Memory then grows with the number of shards alone.
-    """
-
-    def __init__(self, source: PairSource, batch_size: int, seed: int, buffer: int | None) -> None:
-        buffer = SHUFFLE_BUFFER if buffer is None and source.remote else buffer
-        self.size, self.batch_size, self.seed = len(source), batch_size, seed
-        self.steps_per_epoch = self.size // batch_size  # complete batches
-        self.buffered = buffer is not None
-        self.blocks = source.shards() if self.buffered else np.array([self.size])
-        self.groups = max(1, self.size // max(buffer or self.size, batch_size))
-        # Those used last, which the next step needs too, by epoch.
-        self._layout: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        self._group: dict[tuple[int, int], np.ndarray] = {}
-
-    def generator(self, epoch: int, *stream: int) -> np.random.Generator:
-        """The random numbers for one purpose; the third number is not the index of a pair, whose stream it would be."""
-        return np.random.default_rng((self.seed, epoch, self.size, *stream))
-
-    def indices(self, step: int) -> np.ndarray:
-        """The pairs of a step's batch, (batch_size,) int64."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        first, last = position * self.batch_size, (position + 1) * self.batch_size
-        *_, borders = self.layout(epoch)  # (groups + 1,)
-        groups = range(np.searchsorted(borders, first, "right") - 1, np.searchsorted(borders, last))
-        return np.concatenate(
-            [self.group(epoch, k)[max(0, first - borders[k]) : last - borders[k]] for k in groups]
-        )
-
-    def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The shards in an epoch's order, and the numbers of shards and of pairs before each group, (groups + 1,)."""
-        if epoch not in self._layout:
-            shards = self.generator(epoch, BLOCKS_STREAM).permutation(len(self.blocks))
-            ends = np.cumsum(self.blocks[shards])  # (shards,)
-            # A group ends with the shard that completes its share of the pairs.
-            shares = np.arange(1, self.groups + 1) * self.size // self.groups
-            cuts = np.append(0, np.searchsorted(ends, shares) + 1)
-            self._layout = {epoch: (shards, cuts, np.append(0, ends[cuts[1:] - 1]))}
-        return self._layout[epoch]
-
-    def group(self, epoch: int, group: int) -> np.ndarray:
-        """The pairs of a group in their order, int64."""
-        if (epoch, group) not in self._group:
-            shards, cuts, _ = self.layout(epoch)
-            starts = np.cumsum(self.blocks) - self.blocks
-            pieces = [
-                starts[s] + np.arange(self.blocks[s]) for s in shards[cuts[group] : cuts[group + 1]]
-            ]
-            generator = (
-                self.generator(epoch, GROUP_STREAM, group)
-                if self.buffered
-                else self.generator(epoch)
-            )
-            self._group = {
-                (epoch, group): generator.permutation(
-                    np.concatenate([np.empty(0, np.int64), *pieces])
-                )
-            }
-        return self._group[epoch, group]
 
 
 @dataclass(eq=False)

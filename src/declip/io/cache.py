@@ -17,7 +17,7 @@ from declip.io.atomic import atomic_write, cache_folder, file_lock, remove
 LOCK = ".lock"
 FEATURES, HEADS = "features", "heads"
 # Folders of the cache whose content is computed or copied again when it is missing.
-COMPUTED = (FEATURES, HEADS, "shards", "tables")
+COMPUTED = (FEATURES, HEADS, "orders", "shards", "tables")
 
 
 class Entry(NamedTuple):
@@ -118,11 +118,10 @@ def cached_table(
     kind: str, version: object, make: Callable[[], tuple[pa.Schema, Iterable[pa.RecordBatch]]]
 ) -> pa.Table:
     """Memory-map a table from the folder `kind` of the cache, built by `make` once for the `repr` of a version."""
-    name = hashlib.sha256(repr(version).encode(errors="surrogateescape")).hexdigest()[:32]
-    target = cache_folder() / kind / f"{name}.arrow"
+    target = table_path(kind, version)
     if (table := _mapped(target)) is not None:
         return table
-    with locked(Path(kind).name, name):
+    with locked(Path(kind).name, target.name):
         if (table := _mapped(target)) is None:
             with atomic_write(target) as partial:
                 schema, batches = make()
@@ -133,6 +132,12 @@ def cached_table(
             table = _mapped(target)
         assert table is not None
         return table
+
+
+def table_path(kind: str, version: object) -> Path:
+    """Path of a table of `cached_table`."""
+    name = hashlib.sha256(repr(version).encode(errors="surrogateescape")).hexdigest()[:32]
+    return cache_folder() / kind / f"{name}.arrow"
 
 
 def _mapped(path: Path) -> pa.Table | None:

@@ -1,0 +1,105 @@
+"""The order of the pairs in each epoch, a pure function of the seed and the epoch.
+
+The seed (seed, epoch, pairs) belongs to the permutation of an epoch, and longer ones to groups of shards.
+"""
+
+from contextlib import suppress
+
+import numpy as np
+import pyarrow as pa
+
+from declip.data.pair import PairSource
+from declip.errors import UserError
+from declip.io.atomic import remove
+from declip.io.cache import cached_table, table_path
+
+SHUFFLE_BUFFER = (
+    50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
+)
+BLOCKS_STREAM, GROUP_STREAM = 1, 2
+SHARED_FROM = 1_000_000  # pairs from which a machine's processes share a permutation
+ORDERS = "orders"  # its folder in the cache
+
+
+class Order:
+    """Batches by step: the pairs of an epoch, permuted by the seed; the last ones may fill no batch.
+
+    With a buffer, as remote shards have by default, an epoch has the shards in a sampled order, and groups of them with
+    about `buffer` pairs are permuted. Memory then grows with the number of shards alone.
+    """
+
+    def __init__(self, source: PairSource, batch_size: int, seed: int, buffer: int | None) -> None:
+        buffer = SHUFFLE_BUFFER if buffer is None and source.remote else buffer
+        self.size, self.batch_size, self.seed = len(source), batch_size, seed
+        self.steps_per_epoch = self.size // batch_size  # complete batches
+        self.buffered = buffer is not None
+        self.blocks = source.shards() if self.buffered else np.array([self.size])
+        self.groups = max(1, self.size // max(buffer or self.size, batch_size))
+        # Those used last, which the next step needs too, by epoch.
+        self._layout: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._group: dict[tuple[int, int], np.ndarray] = {}
+
+    def generator(self, epoch: int, *stream: int) -> np.random.Generator:
+        """The random numbers for one purpose; the third number is not the index of a pair, whose stream it would be."""
+        return np.random.default_rng((self.seed, epoch, self.size, *stream))
+
+    def indices(self, step: int) -> np.ndarray:
+        """The pairs of a step's batch, (batch_size,) int64."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        first, last = position * self.batch_size, (position + 1) * self.batch_size
+        *_, borders = self.layout(epoch)  # (groups + 1,)
+        groups = range(np.searchsorted(borders, first, "right") - 1, np.searchsorted(borders, last))
+        return np.concatenate(
+            [self.group(epoch, k)[max(0, first - borders[k]) : last - borders[k]] for k in groups]
+        )
+
+    def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The shards in an epoch's order, and the numbers of shards and of pairs before each group, (groups + 1,)."""
+        if epoch not in self._layout:
+            shards = self.generator(epoch, BLOCKS_STREAM).permutation(len(self.blocks))
+            ends = np.cumsum(self.blocks[shards])  # (shards,)
+            # A group ends with the shard that completes its share of the pairs.
+            shares = np.arange(1, self.groups + 1) * self.size // self.groups
+            cuts = np.append(0, np.searchsorted(ends, shares) + 1)
+            self._layout = {epoch: (shards, cuts, np.append(0, ends[cuts[1:] - 1]))}
+        return self._layout[epoch]
+
+    def group(self, epoch: int, group: int) -> np.ndarray:
+        """The pairs of a group in their order, int64."""
+        if (epoch, group) not in self._group and not self.buffered:
+            shared = self.size >= SHARED_FROM
+            order = self.shared_permutation(epoch) if shared else self.permutation(epoch)
+            self._group = {(epoch, group): order}
+        if (epoch, group) not in self._group:
+            shards, cuts, _ = self.layout(epoch)
+            starts = np.cumsum(self.blocks) - self.blocks
+            pieces = [np.empty(0, np.int64)]
+            for shard in shards[cuts[group] : cuts[group + 1]]:
+                pieces.append(starts[shard] + np.arange(self.blocks[shard]))
+            generator = self.generator(epoch, GROUP_STREAM, group)
+            self._group = {(epoch, group): generator.permutation(np.concatenate(pieces))}
+        return self._group[epoch, group]
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """All pairs in the order of an epoch, (size,) int64."""
+        return self.generator(epoch).permutation(self.size)
+
+    def shared_permutation(self, epoch: int) -> np.ndarray:
+        """Memory-map the order of an epoch, which one process of the machine computes."""
+
+        def make() -> tuple[pa.Schema, list[pa.RecordBatch]]:
+            batch = pa.record_batch({"pair": self.permutation(epoch)})
+            return batch.schema, [batch]
+
+        try:
+            table = cached_table(ORDERS, self._version(epoch), make)
+        except UserError:  # the cache is full or read-only
+            return self.permutation(epoch)
+        # No process begins that epoch now; one that still reads it keeps its mapping.
+        with suppress(OSError):
+            remove(table_path(ORDERS, self._version(epoch - 2)))
+        return table["pair"].chunk(0).to_numpy()
+
+    def _version(self, epoch: int) -> tuple[object, ...]:
+        """What a permutation depends on."""
+        return np.__version__, self.seed, epoch, self.size
