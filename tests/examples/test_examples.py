@@ -1,6 +1,7 @@
 """Each file in examples/ runs for three steps, or on a few pairs; losses equal a plain loop; a plugin has names."""
 
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,36 @@ def test_an_example_changes_only_what_it_says(name, keys, table, tmp_path, capsy
     )
     assert same == (name == "evaluation")
     assert ("step 2: R@1" in capsys.readouterr().out) == (name == "evaluation")
+
+
+def test_a_momentum_teacher_follows_resumes_and_is_exported(table, tmp_path, capsys):
+    example = EXAMPLES["momentum_teacher"]
+    given = {**SMALL, **TINY_VIT, "train.lr": 0.01, "train.checkpoint_every": 1}
+    example["main"](str(table), str(tmp_path / "run"), **given)
+    assert "step 3: R@1 of the teacher" in capsys.readouterr().out
+    saved = [load_checkpoint(path) for path in list_checkpoints(tmp_path / "run")]
+    before, after = saved[-2:]
+    exported = declip.load(tmp_path / "run" / "teacher").state_dict()
+    for name, weight in after.weights.items():
+        if not weight.is_floating_point():
+            continue
+        key = name.removeprefix("model.")
+        was, now = (
+            each.training[f"objective.terms.momentum_teacher.teacher.{key}"]
+            for each in (before, after)
+        )
+        torch.testing.assert_close(now, 0.99 * was + 0.01 * weight)
+        assert torch.equal(exported[key], now)
+    # A run that was stopped after two steps ends with the same teacher.
+    for path in list_checkpoints(tmp_path / "run")[-1:]:
+        shutil.rmtree(path)
+    overrides = {"loss_weights": {"contrastive": 0.5, "momentum_teacher": 0.5}, **given}
+    terms = {"momentum_teacher": example["MomentumTeacher"]}
+    options = {"data": str(table), "terms": terms, "quiet": True, "report": False}
+    declip.train("demo-clip", overrides, tmp_path / "run", resume=True, **options)
+    again = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])
+    assert again.step == 3
+    assert all(torch.equal(again.training[name], each) for name, each in after.training.items())
 
 
 def test_images_without_captions_train_the_weights_that_the_pairs_start_from(

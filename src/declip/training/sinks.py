@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class RunInfo:
     """What a callback knows of a run: folder, the steps of this process (`start` to `steps`), batch size, and model.
 
     The model is the one that is trained, `declip.evaluate` takes it; with train.strategy=fsdp a process holds a part.
+    `terms` has the losses by name: one may hold another model to evaluate and export, such as a momentum teacher.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class RunInfo:
     batch_size: int
     quiet: bool = False
     model: DualEncoder | None = None
+    terms: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Sink:

@@ -73,6 +73,7 @@ class Trainer:
             train.batch_size,
             state.quiet,
             state.model,
+            dict(state.objective.terms.items()),
         )
         with state.lock or nullcontext():
             sinks = (
