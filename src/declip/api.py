@@ -16,11 +16,11 @@ from declip.data.sources.open import name_sources
 from declip.data.sources.python_items import Items
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset
-from declip.evaluation.encode import Encoder
 from declip.evaluation.held_out import HeldOutSets
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.interchange.read import loaded
+from declip.models.encoder import Encoder
 from declip.models.precision import Precision
 from declip.recipe.checks import check_tasks, load_for_training
 from declip.recipe.schema import Recipe

@@ -27,6 +27,7 @@ from declip.evaluation.few_shot import (
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import read_result, sample_per_class
 from declip.evaluation.zero_shot import class_features
+from declip.models.encoder import as_encoder
 
 
 def made_up(shots, classes=6, noise=0.5, names=0.0, seed=0):
@@ -178,11 +179,13 @@ def test_the_protocol_equals_a_loop_over_draws(model, painted):
     train.colors[::6] = ["blue"] * 4  # half of the images of the first class
     dataset = Dataset("colors", {"train": lambda: train, "test": lambda: test})
     (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=2, progress=False))
-    seen, tested = (encode_source(model, source, texts=False).images for source in (train, test))
+    seen, tested = (
+        encode_source(as_encoder(model), source, texts=False).images for source in (train, test)
+    )
     labels, top1 = torch.from_numpy(train.labels), []
     for seed in range(5):
         chosen = torch.from_numpy(sample_per_class(train.labels, lambda count: 2, seed))
-        texts = class_features(model, names, ["{}"])
+        texts = class_features(as_encoder(model), names, ["{}"])
         head = fit_few_shot(Examples(seen[chosen], labels[chosen], texts, 0))
         top1.append(accuracy(head, Examples(tested, torch.from_numpy(test.labels), texts, 0)))
     assert (result.names_top1, result.top1) == (0, pytest.approx(mean(top1)))

@@ -20,6 +20,7 @@ from declip.evaluation.zero_shot import (
     read_prompts,
     read_templates,
 )
+from declip.models.encoder import as_encoder
 from evaluation.conftest import features_of
 
 
@@ -28,7 +29,9 @@ def _unit(rows):
 
 
 def test_class_features_are_the_normalized_mean_of_normalized_ones(model):
-    found = class_features(model, ["red", "blue"], ["{}", "{} and green", "white {} {}"])
+    found = class_features(
+        as_encoder(model), ["red", "blue"], ["{}", "{} and green", "white {} {}"]
+    )
     red, green, blue, white = np.eye(3)[0], np.eye(3)[1], np.eye(3)[2], np.ones(3)
 
     def mean(color):
@@ -38,7 +41,7 @@ def test_class_features_are_the_normalized_mean_of_normalized_ones(model):
 
     np.testing.assert_allclose(found.numpy(), [mean(red), mean(blue)], atol=1e-6)
     # Braces in a class name are only a name.
-    assert class_features(model, ["{0} red", "}{"], ["a {}"]).shape == (2, 3)
+    assert class_features(as_encoder(model), ["{0} red", "}{"], ["a {}"]).shape == (2, 3)
 
 
 def test_numbers_equal_an_independent_computation():

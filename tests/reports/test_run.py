@@ -11,6 +11,7 @@ from conftest import write_rows
 from declip.data.images.thumbnails import thumbnails_of
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
+from declip.models.encoder import as_encoder
 from declip.recipe.schema import Recipe
 from declip.reports.retrieval import retrieval
 from declip.reports.run import write_report
@@ -93,7 +94,7 @@ def _read(path):
 
 def test_the_whole_report(whole):
     folder, model, _ = whole
-    path = write_report(folder, model)
+    path = write_report(folder, as_encoder(model))
     assert path == folder / "report.html"
     html, page = _read(path)
     assert [each for each in page.ids if each in SECTIONS] == list(SECTIONS)
@@ -137,7 +138,9 @@ def test_the_same_run_shows_the_same_and_a_large_source_is_sampled(whole):
 
     def body():
         return re.sub(
-            "Written by declip [^<]*", "", write_report(folder, model, limit=10).read_text()
+            "Written by declip [^<]*",
+            "",
+            write_report(folder, as_encoder(model), limit=10).read_text(),
         )
 
     html = body()
@@ -151,7 +154,7 @@ def test_without_evaluation_examples_and_classes_there_are_no_such_sections(whol
     for name in ("evaluations.jsonl", "examples.json"):
         (folder / name).unlink()
     held_out[0] = painted(["red", "green"], [("word " * 3000,), ("green",)])
-    html, page = _read(write_report(folder, model))
+    html, page = _read(write_report(folder, as_encoder(model)))
     for section, part in (
         ("numbers", "No evaluation"),
         ("head", "no evaluation yet"),
@@ -165,7 +168,7 @@ def test_without_evaluation_examples_and_classes_there_are_no_such_sections(whol
 def test_held_out_pairs_that_are_gone_are_left_out_with_a_warning(whole, caplog):
     folder, model, held_out = whole
     held_out[0] = str(folder / "gone.csv")
-    _, page = _read(write_report(folder, model))
+    _, page = _read(write_report(folder, as_encoder(model)))
     assert "gone.csv" in caplog.text
     assert "54.3 %" in page.texts["numbers"]
     assert "retrieval" not in page.ids

@@ -7,40 +7,20 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.data.images.preprocess import Preprocess
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
-from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.io.pool import pairs_bar, parallel_map
+from declip.models.encoder import Encoder
 from declip.models.inference import image_encoder
-
-
-class Encoder(Protocol):
-    """The interface of a model that evaluation needs: two towers with preprocessing and tokenizer."""
-
-    def encode_image(
-        self, images: Tensor, /
-    ) -> Tensor: ...  # (n, 3, S, S) normalized pixels → (n, d)
-    def encode_text(self, tokens: Tensor, /) -> Tensor: ...  # (n, L) token ids → (n, d)
-    def preprocess(
-        self, images: list[Image.Image], /
-    ) -> Tensor: ...  # → (n, 3, S, S) normalized pixels
-    def tokenize(self, texts: list[str], /) -> Tensor: ...  # → (n, L) token ids
-    def modules(self) -> Iterator[nn.Module]: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    @property
-    def logit_scale(
-        self,
-    ) -> Tensor: ...  # log of the factor of cosines; a plain object may lack these three
-
 
 T = TypeVar("T")
 
@@ -93,16 +73,13 @@ class SourceFeatures:
 @contextmanager
 def eval_mode(model: Encoder) -> Iterator[torch.device]:
     """Evaluation mode without gradients; yields the device of the weights. Restores the mode of each module."""
-    modes = [
-        (module, module.training) for module in getattr(model, "modules", tuple)()
-    ]  # empty for a plain object
-    weight = next(iter(getattr(model, "parameters", tuple)()), None)
+    modes = [(module, module.training) for module in model.modules()]
     try:
         # Not model.eval(): it calls the overridden `train` of frozen modules, and cannot be undone per module.
         for module, _ in modes:
             module.training = False
         with torch.no_grad():
-            yield torch.device("cpu") if weight is None else weight.device
+            yield model.device
     finally:
         for module, mode in modes:
             module.training = mode
@@ -169,12 +146,8 @@ def encode_source(
         share: The part of the images and texts that this process encodes; each process returns all features.
     """
     # --- images of a model with frozen towers, which reads them once
-    if (
-        encode is None
-        and indices is None
-        and (read_once := getattr(model, "source_features", None)) is not None
-    ):
-        encoded: SourceFeatures = read_once(
+    if encode is None and indices is None and model.source_features is not None:
+        encoded: SourceFeatures = model.source_features(
             source, batch_size=batch_size, workers=workers, progress=progress
         )
         return _with_texts(model, encoded, batch_size, progress, share) if texts else encoded
@@ -228,8 +201,8 @@ def _read_lazy_row(source: PairSource, index: int) -> tuple[LazyImage, tuple[int
 
 def _count_truncated(model: Encoder, texts: Sequence[str]) -> int:
     """Count the texts longer than the model's context; 0 for tokenizers of other libraries."""
-    tokenizer = getattr(model, "tokenizer", None)
-    if not isinstance(tokenizer, CaptionTokenizer):
+    tokenizer = model.tokenizer
+    if tokenizer is None:
         return 0
     longer = copy(tokenizer)
     longer.context += 1
@@ -250,8 +223,7 @@ def encode_batches(
     `encode` gets pixels as `read_images` makes them; without it features are embeddings of length 1. Worker processes
     read a part of a batch at a time, so that all of them read the first one.
     """
-    with eval_mode(model) as device:
-        pinned = device.type == "cuda"
+    pinned = model.device.type == "cuda"
     size = (
         max(map(len, batches), default=1) if pinned else READ_AT_ONCE
     )  # joining would copy to other memory
@@ -259,12 +231,8 @@ def encode_batches(
         batch[start : start + size] for batch in batches for start in range(0, len(batch), size)
     ]
     title = f"Images of {source.name}" if progress else ""
-    preprocess = getattr(
-        model, "preprocessor", model.preprocess
-    )  # on the host, where a worker may use it
-    stream = parallel_map(
-        partial(read_images, preprocess, partial(read, source)), parts, workers, title, pinned
-    )
+    read_part = partial(read_images, model.preprocessor, partial(read, source))
+    stream = parallel_map(read_part, parts, workers, title, pinned)
     encode_all = encode or image_encoder(model)
     for batch in batches:
         pixels, rows, skipped = list[Tensor](), list[Any](), SkipCounter()

@@ -16,9 +16,9 @@ from torch.nn.functional import normalize, one_hot
 
 from declip.closed_form.axes import PrincipalAxes
 from declip.closed_form.folds import assign_folds
-from declip.evaluation.encode import Encoder
 from declip.evaluation.results import Measure, by_class, sample_per_class
 from declip.models.dual_encoder import DualEncoder
+from declip.models.encoder import Encoder
 from declip.models.folding import inference_tower
 from declip.models.inference import chunked, normalized
 

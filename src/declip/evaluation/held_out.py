@@ -9,9 +9,10 @@ from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import NO_SOURCES, Sources
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset
-from declip.evaluation.encode import ALONE, Encoder, Share
+from declip.evaluation.encode import ALONE, Share
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
+from declip.models.encoder import Encoder
 from declip.recipe.schema import Recipe
 
 FIRST = 64  # pairs that are asked for a caption

@@ -15,7 +15,7 @@ from declip.data.pair import PairSource
 from declip.data.sources.subset import Subset
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classes
-from declip.evaluation.encode import ALONE, Encoder, Share, SourceFeatures, encode_source, eval_mode
+from declip.evaluation.encode import ALONE, Share, SourceFeatures, encode_source, eval_mode
 from declip.evaluation.few_shot import Examples, fit_few_shot, joint_encoder
 from declip.evaluation.linear_probe import check_probe, check_splits, linear_probe
 from declip.evaluation.readers import Classified
@@ -36,6 +36,7 @@ from declip.evaluation.zero_shot import (
     logit_scale,
     read_templates,
 )
+from declip.models.encoder import Encoder, as_encoder
 from declip.models.inference import chunked
 
 DRAWS = 5  # of the images of few-shot classification
@@ -96,8 +97,9 @@ class SharedFeatures:
         with eval_mode(self.model) as device:
             # MPS has no float64, which the solver needs.
             probing = "cpu" if device.type == "mps" else device
-        # Features before the projection; `evaluate_all` looked for the method
-        encode = partial(chunked, self.model.encode_backbone)  # type: ignore[attr-defined]
+        backbone = self.model.encode_backbone
+        assert backbone is not None, "`check_model` looked for it"
+        encode = partial(chunked, backbone)
         return [
             linear_probe(
                 self.dataset,
@@ -109,7 +111,7 @@ class SharedFeatures:
     def zero_shot(self) -> list[ZeroShotResult]:
         source, options = with_classes(self.dataset.split("test")), self.options
         name, templates = read_templates(options.templates or self.dataset.templates)
-        if (scorer := getattr(self.model, "token_scorer", None)) is not None:
+        if (scorer := self.model.token_scorer) is not None:
             names = list(dict.fromkeys(source.class_names))
             tokens = class_tokens(
                 self.model,
@@ -141,11 +143,8 @@ class SharedFeatures:
         # retrieval also uses pairs without a class
         if isinstance(source, Classified) and source.captioned and source.broken:
             features = self._encode(Subset(source.source, source.rows), texts=True)
-        return [
-            retrieve(
-                features, logit_scale(self.model) if hasattr(self.model, "logit_scale") else None
-            )
-        ]
+        trained = self.model.logit_scale is not None
+        return [retrieve(features, logit_scale(self.model) if trained else None)]
 
     def few_shot(self) -> list[FewShotResult]:
         splits, options = check_splits(self.dataset, "few-shot"), self.options
@@ -215,19 +214,17 @@ class Task(NamedTuple):
     """A way to evaluate."""
 
     run: Callable[[SharedFeatures], Sequence[Result]]
-    check: Callable[[Dataset], object] = lambda dataset: (
-        None
-    )  # raises `UserError` for a dataset that it cannot use
-    method: str = ""  # of the model, besides those of `Encoder`
+    check: Callable[[Dataset], object]  # raises `UserError` for a dataset that it cannot use
     prompted: bool = False  # whether it uses templates
+    by_backbone: bool = False  # whether it needs features before the projection
 
 
 TASKS: Mapping[str, Task] = {
     "zero-shot": Task(
         SharedFeatures.zero_shot, lambda dataset: with_classes(dataset.split("test")), prompted=True
     ),
-    "retrieval": Task(SharedFeatures.retrieval),
-    "linear": Task(SharedFeatures.linear, check_probe, "encode_backbone"),
+    "retrieval": Task(SharedFeatures.retrieval, lambda dataset: None),
+    "linear": Task(SharedFeatures.linear, check_probe, by_backbone=True),
     "few-shot": Task(
         SharedFeatures.few_shot, partial(check_splits, task="few-shot"), prompted=True
     ),
@@ -244,29 +241,31 @@ def check_dataset(dataset: Dataset, task: str, options: Options = DEFAULT) -> No
 
 
 def evaluate_all(
-    model: Encoder,
+    model: object,
     datasets: str | PairSource | Dataset | list[Dataset],
     tasks: Sequence[str],
     options: Options = DEFAULT,
 ) -> list[Result]:
     """Evaluate on one or more datasets by one or more of `TASKS`.
 
-    All datasets are checked before the first one is encoded. Each image and text is encoded once for all tasks.
+    The model is one that `as_encoder` takes. All datasets are checked before the first one is encoded. Each image and
+    text is encoded once for all tasks.
     """
+    encoder = as_encoder(model)
     # --- every check first: encoding may take hours
     checked: list[SharedFeatures] = []
     for dataset in datasets if isinstance(datasets, list) else [datasets]:
-        shared = SharedFeatures(model, open_dataset(dataset), options, texts="retrieval" in tasks)
+        shared = SharedFeatures(encoder, open_dataset(dataset), options, texts="retrieval" in tasks)
         if shared.dataset.name in {other.dataset.name for other in checked}:
             raise UserError(
                 f"The dataset '{shared.dataset.name}' is given twice. Pass each dataset once."
             )
         for task in tasks:
             check_dataset(shared.dataset, task, options)
-            if (method := TASKS[task].method) and not hasattr(model, method):
+            if TASKS[task].by_backbone and encoder.encode_backbone is None:
                 raise UserError(
-                    f"{type(model).__name__} has no method `{method}`, which the task '{task}' requires. Add it, or "
-                    "choose the task 'zero-shot' or 'retrieval'."
+                    f"{encoder.class_name} has no method `encode_backbone`, which the task '{task}' requires. Add it, "
+                    "or choose the task 'zero-shot' or 'retrieval'."
                 )
         checked.append(shared)
     # --- one dataset at a time
@@ -278,7 +277,7 @@ def evaluate_all(
 
 
 def evaluate_suite(
-    model: Encoder, dataset: str, task: str = "zero-shot", options: Options = DEFAULT
+    model: object, dataset: str, task: str = "zero-shot", options: Options = DEFAULT
 ) -> tuple[list[Result], dict[str, Any]]:
     """Evaluate a model on all datasets of ``paper11:FOLDER`` that are there, by "zero-shot" or "linear".
 

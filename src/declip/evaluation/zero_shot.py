@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.errors import UserError, unknown
-from declip.evaluation.encode import ALONE, Encoder, Share, SourceFeatures, text_features
+from declip.evaluation.encode import ALONE, Share, SourceFeatures, text_features
 from declip.evaluation.results import ZeroShotResult, score
 from declip.evaluation.retrieval import ranks
 from declip.io.pool import pairs_bar
 from declip.io.yaml_dialect import read_yaml
+from declip.models.encoder import Encoder
 
 FOLDER = resources.files("declip.evaluation") / "prompts"
 
@@ -167,5 +168,5 @@ def classify(
 
 def logit_scale(model: Encoder) -> float:
     """The factor of cosines before the softmax, exp(logit_scale); CLIP's final 100 for a model without one."""
-    scale = getattr(model, "logit_scale", None)
-    return 100.0 if scale is None else float(torch.as_tensor(scale).detach().exp())
+    scale = model.logit_scale
+    return 100.0 if scale is None else float(scale.detach().exp())

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from declip.evaluation.encode import Encoder
 from declip.evaluation.held_out import HeldOutSets
 from declip.interchange.export import export_complete, trace
+from declip.models.encoder import Encoder
 from declip.reports.run import write_report
 
 

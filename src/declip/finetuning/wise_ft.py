@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from declip.evaluation.encode import Encoder
 from declip.evaluation.held_out import HeldOutSets
 from declip.interchange.run_folder import read_checkpoint
 from declip.io.atomic import atomic_write, save_tensors, write_text
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
+from declip.models.encoder import Encoder
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import prefixed

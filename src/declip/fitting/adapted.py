@@ -1,6 +1,6 @@
 """A fitted model: frozen towers and two heads that map their features into one space."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from declip.evaluation.encode import SourceFeatures
 from declip.fitting.base import Base
 from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
+from declip.models.encoder import Complete
 from declip.models.layers import PROJECTIONS
 from declip.models.neighbors import INNER, NeighborProjection
 
@@ -23,7 +24,7 @@ ROWS = 8_192  # images whose features are mapped at a time
 
 
 @dataclass(frozen=True)
-class Adapted:
+class Adapted(Complete):
     """An encoder of images and texts: the base's pooled features, mapped by the heads.
 
     Where the base has projections, the heads are maps of its embeddings; None keeps these.
@@ -32,6 +33,16 @@ class Adapted:
     base: Base
     heads: Heads | None
     factor: float  # of cosines before a softmax
+
+    class_name = "Adapted"
+    recipe = None
+    token_scorer = None
+    encode_backbone = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the base."""
+        return self.base.device
 
     @property
     def logit_scale(self) -> Tensor:
@@ -63,6 +74,10 @@ class Adapted:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the base."""
         return self.base.model.parameters()
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The tensors of the merged model."""
+        return self.weights().tensors
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, k) float32 of length 1."""

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.evaluation.encode import Encoder
 from declip.interchange import (
     declip_file,
     fitted,
@@ -24,6 +23,7 @@ from declip.interchange.hub import HUB_PREFIXES, hub_folder
 from declip.interchange.weights import Weights
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
+from declip.models.encoder import Encoder, as_encoder
 from declip.models.layers import IMAGE
 from declip.models.precision import Precision, convert, pick_precision
 from declip.recipe.starts import STARTS, no_model
@@ -103,12 +103,7 @@ def loaded(
     """The model that is given as an object, else the one that `load` loads."""
     if isinstance(model, str | Path | Run | FittedRun):
         return load(model, device, precision)
-    if not hasattr(model, "encode_image"):
-        allowed = "a run folder, a file, a name, or an object with `encode_image`"
-        raise UserError(
-            f"A model is what `declip.load` takes, {allowed}; {type(model).__name__} was given."
-        )
-    return model
+    return as_encoder(model)
 
 
 def read(where: str | Path) -> Weights:

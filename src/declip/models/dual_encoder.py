@@ -17,6 +17,7 @@ from declip.data.text.tokenizer import (
     WrappedTokenizer,
 )
 from declip.errors import UserError
+from declip.models.encoder import Complete
 from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder, read_encoder
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.text_tower import AnyTextTower, TextTower
@@ -36,7 +37,7 @@ class PublishedHeads:
     projections: Mapping[str, Tensor]  # by the names of `DualEncoder`
 
 
-class DualEncoder(nn.Module):
+class DualEncoder(nn.Module, Complete):
     """Image tower, text tower and logit scale (logarithm of the inverse temperature), with preprocessing and tokenizer.
 
     A model of a sigmoid loss has a logit bias too, others None.
@@ -48,6 +49,8 @@ class DualEncoder(nn.Module):
         torch.Size([1, 2])
     """
 
+    class_name = "DualEncoder"
+    source_features = None
     has_image: bool  # whether there is an `image_tower`
     has_text: bool  # whether there are a `text_tower` and a `tokenizer`
     image_tower: ImageTower

@@ -11,21 +11,18 @@ from torch import Tensor
 
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
+from declip.models.encoder import Encoder
 
 PROBE = "a photo of two red apples, and a dog"  # its token ids are part of the fingerprint
 
 
-def fingerprint(model: Any, tensors: Mapping[str, Tensor] | None = None) -> str:
+def fingerprint(model: Encoder, tensors: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256, in hexadecimal, of a model: class, tensors, settings of its towers, preprocessing and tokenizer.
 
     A model that was converted to another precision has the one of its float32 weights. `tensors` are those of the file,
     in its types, if the model was built in part.
     """
-    if not hasattr(model, "state_dict"):
-        raise UserError(
-            f"{type(model).__name__} has no `state_dict`, so it cannot be distinguished from other models."
-        )
-    digest = hashlib.sha256(type(model).__qualname__.encode())
+    digest = hashlib.sha256(model.class_name.encode())
     state: Mapping[str, Any] = model.state_dict() if tensors is None else tensors
     if isinstance(model, DualEncoder):
         if model.float32_fingerprint is not None:

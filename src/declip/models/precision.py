@@ -1,9 +1,9 @@
 """Precision of a model in use: float32, or converted to bfloat16 or float16."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from declip.errors import UserError, unknown
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
+from declip.models.encoder import Encoder
 from declip.models.fingerprint import PROBE, fingerprint
 from declip.models.folding import folded, inference_tower, noise
 from declip.models.image_tower import ImageTower
@@ -49,15 +50,17 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     return TYPES[precision]
 
 
-def precision_of(model: Any) -> str:
+def precision_of(model: Encoder) -> str:
     """The precision that a model computes images in; empty without weights."""
-    tower = model
     if isinstance(model, DualEncoder):
-        tower = model.image_tower if model.has_image else None
-    if not isinstance(tower, nn.Module):
+        modules: Iterator[nn.Module] = iter([model.image_tower] if model.has_image else [])
+    else:
+        modules = model.modules()
+    whole = next(modules, None)  # a module comes before its parts
+    if whole is None:
         return ""
     names = {kind: name for name, kind in TYPES.items()}
-    weight = next(tower.parameters(), None)
+    weight = next(whole.parameters(), None)
     return "" if weight is None else names.get(weight.dtype, str(weight.dtype))
 
 

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 
 from declip.closed_form.heads import FEWEST
 from declip.evaluation.datasets import Dataset
-from declip.evaluation.encode import Encoder
 from declip.evaluation.results import short_names
 from declip.io.atomic import write_text
+from declip.models.encoder import Encoder
 from declip.reports.charts import growth_chart
 from declip.reports.page import render
 from declip.reports.retrieval import encode_set, retrieval

@@ -9,8 +9,9 @@ import numpy as np
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
 from declip.errors import UserError
-from declip.evaluation.encode import Encoder, SourceFeatures, encode_source
+from declip.evaluation.encode import SourceFeatures, encode_source
 from declip.evaluation.retrieval import carriers_of, ranks
+from declip.models.encoder import Encoder
 
 SHOWN = 5  # candidates of a query
 log = logging.getLogger("declip")

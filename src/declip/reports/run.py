@@ -4,11 +4,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from declip.evaluation.encode import Encoder
 from declip.evaluation.held_out import HeldOutSets
 from declip.evaluation.results import RetrievalResult, ZeroShotResult, short_names
 from declip.io.atomic import write_text
 from declip.io.text import percent
+from declip.models.encoder import Encoder
 from declip.reports.charts import score_chart, value_chart
 from declip.reports.page import NONE, Table, points, render
 from declip.reports.retrieval import encode_set, retrieval
@@ -49,7 +49,7 @@ def write_report(
     dataset = min(names, key=lambda name: name.startswith("builtin:"), default=None)
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     # --- tables and examples
-    embeds = getattr(model, "token_scorer", None) is None  # else embeddings are not trained
+    embeds = model.token_scorer is None  # else embeddings are not trained
     encoded = None
     if dataset and embeds:
         sets = held_out or HeldOutSets(run.recipe)

@@ -18,10 +18,10 @@ from declip.data.sources.names import relative
 from declip.data.sources.python_items import Items
 from declip.data.sources.table import find_table
 from declip.errors import UserError, check_range
-from declip.evaluation.encode import Encoder
 from declip.io.atomic import csv_path
 from declip.io.outputs import CHOSEN, check_outputs, csv_table
 from declip.io.text import FORMULA, percent, plural
+from declip.models.encoder import Encoder
 from declip.models.precision import Precision
 from declip.search.embed import open_or_embed
 from declip.search.index import Hit, Index

@@ -33,7 +33,7 @@ def add_classes(vector: Tensor, text: str, text_model: Any, model: Callable[[], 
 
 def classes_of(query: str, model: Any) -> tuple[int, ...]:
     """Numbers of the classes that a query is a word for, if the model began as a built-in start."""
-    recipe = getattr(model, "recipe", None)
+    recipe = model.recipe
     if recipe is None or recipe.text.hf_model not in STARTS:
         return ()
     word = " ".join(query.lower().split()).rstrip(".")

@@ -22,7 +22,7 @@ from declip.data.sources.python_items import Items
 from declip.data.sources.table import find_table, open_rows
 from declip.errors import UserError, check_range
 from declip.evaluation.datasets import LabeledSource, open_dataset, with_classes
-from declip.evaluation.encode import Encoder, encode_batches, encode_source
+from declip.evaluation.encode import encode_batches, encode_source
 from declip.evaluation.few_shot import (
     Examples,
     FewShotForm,
@@ -37,6 +37,7 @@ from declip.interchange.read import loaded
 from declip.io.atomic import csv_path, save_tensors
 from declip.io.outputs import CLASSIFIED, csv_table, output_file
 from declip.io.text import one_line, percent, plain_cell
+from declip.models.encoder import Encoder
 from declip.models.fingerprint import fingerprint
 from declip.models.precision import Precision
 from declip.search.checks import check_classes

@@ -19,9 +19,10 @@ from declip.data.sources.names import absolute, relative, resolve, stored_path
 from declip.data.sources.open import ImageSource, open_images, open_source
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range, unknown
-from declip.evaluation.encode import Encoder, encode_batches, text_features
+from declip.evaluation.encode import encode_batches, text_features
 from declip.interchange.read import folder_or_name, loaded
 from declip.io.pool import pairs_bar
+from declip.models.encoder import Encoder
 from declip.models.fingerprint import fingerprint
 from declip.models.precision import Precision, precision_of
 from declip.search.index import Index

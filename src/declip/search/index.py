@@ -19,10 +19,11 @@ from declip.data.sources.names import is_missing, resolve
 from declip.data.sources.open import ImageSource, open_images
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
-from declip.evaluation.encode import Encoder, eval_mode, image_features
+from declip.evaluation.encode import eval_mode, image_features
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import folder_or_name, loaded, read_text
 from declip.models.device import pick_device
+from declip.models.encoder import Encoder
 from declip.models.fingerprint import fingerprint
 from declip.models.precision import Precision, convert
 from declip.search.checks import read_query

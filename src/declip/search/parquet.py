@@ -12,9 +12,9 @@ import torch
 from declip.data.pair import BrokenPair, Origin, SkipCounter, printable
 from declip.data.sources.rows import ParquetRows, cell_name
 from declip.errors import UserError
-from declip.evaluation.encode import Encoder
 from declip.interchange.read import loaded
 from declip.io.text import one_line
+from declip.models.encoder import Encoder
 from declip.models.precision import TYPES
 from declip.search.embedder import COLUMNS
 from declip.search.info import Dtype, IndexInfo, ModelInfo, SourceInfo

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from declip.data.sources.names import resolve, stored_path
 from declip.errors import UserError
-from declip.evaluation.encode import Encoder
 from declip.io.atomic import HINT, atomic_write, flush
+from declip.models.encoder import Encoder
 from declip.models.fingerprint import fingerprint
 from declip.search.info import INFO, IndexInfo, ModelInfo, Over
 from declip.search.store import GROUP_ROWS, MATRICES, ROWS, SCHEMA, Block
@@ -73,8 +73,11 @@ def new_index(folder: Path, info: IndexInfo) -> Iterator[IndexWriter]:
 def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
     """Describe a model that was loaded from `path`, or is a Python object, for the index in a folder."""
     stored = stored_path(path, index)
-    recipe = getattr(model, "recipe", None)
-    name = str(path) if stored else f"{type(model).__name__} {getattr(recipe, 'name', '')}".strip()
+    name = str(path)
+    if not stored:
+        name = (
+            model.class_name if model.recipe is None else f"{model.class_name} {model.recipe.name}"
+        )
     return ModelInfo(path=stored, name=name, fingerprint=fingerprint(model))
 
 

@@ -1,0 +1,151 @@
+"""What evaluation, search and fitting ask of a model, and an adapter for models that have less."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from declip.data.text.tokenizer import CaptionTokenizer
+from declip.errors import UserError
+from declip.models.token_scorer import TokenScorer
+from declip.recipe.schema import Recipe
+
+REQUIRED = (
+    "encode_image",
+    "preprocess",
+)  # without texts a model has images to search and classify by
+Preprocessing = Callable[[list[Image.Image]], Tensor]
+
+
+class Encoder(Protocol):
+    """A model of images and texts.
+
+    Yours needs the first four methods, or without texts `encode_image` and `preprocess`: `as_encoder` adds the rest.
+    """
+
+    def encode_image(self, images: Tensor, /) -> Tensor:
+        """(n, 3, S, S) normalized pixels → (n, d)."""
+
+    def encode_text(self, tokens: Tensor, /) -> Tensor:
+        """(m, L) token ids → (m, d)."""
+
+    def preprocess(self, images: list[Image.Image], /) -> Tensor:
+        """PIL images → (n, 3, S, S) normalized pixels."""
+
+    def tokenize(self, texts: list[str], /) -> Tensor:
+        """Texts → (m, L) token ids."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Modules that are put into evaluation mode."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters, to count them."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors that distinguish this model from others of its class."""
+
+    @property
+    def class_name(self) -> str:
+        """The class, for messages, indices and fingerprints."""
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The architecture, of a model of declip."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where pixels and token ids are wanted."""
+
+    @property
+    def preprocessor(self) -> Preprocessing:
+        """`preprocess` on the host, for worker processes."""
+
+    @property
+    def tokenizer(self) -> CaptionTokenizer | None:
+        """The tokenizer, if it is one that tells whether it truncates a text."""
+
+    @property
+    def logit_scale(self) -> Tensor | None:
+        """Logarithm of the factor of cosines before a softmax, if it was trained."""
+
+    @property
+    def token_scorer(self) -> TokenScorer | None:
+        """Zero-shot scores by patches and words, of a model whose embeddings are not trained."""
+
+    @property
+    def encode_backbone(self) -> Callable[[Tensor], Tensor] | None:
+        """(n, 3, S, S) → (n, v) before the projection, for probes; None if there is none."""
+
+    @property
+    def source_features(self) -> Callable[..., Any] | None:
+        """`encode_source` of a model that reads a source once for several heads."""
+
+
+class Complete:
+    """Base of the classes that have all of `Encoder`."""
+
+
+class PlainEncoder(Complete):
+    """An `Encoder` made of an object with its first four methods; what the object has besides is used too."""
+
+    recipe = None
+    token_scorer = None
+    source_features = None
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.class_name = type(model).__qualname__
+        self.encode_image, self.preprocess = model.encode_image, model.preprocess
+        self.encode_text = getattr(model, "encode_text", self._refuse_text)
+        self.tokenize = getattr(model, "tokenize", self._refuse_text)
+        self.preprocessor: Preprocessing = getattr(model, "preprocessor", model.preprocess)
+        self.encode_backbone = getattr(model, "encode_backbone", None)
+        tokenizer = getattr(model, "tokenizer", None)
+        self.tokenizer = tokenizer if isinstance(tokenizer, CaptionTokenizer) else None
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Modules of the object, if it is made of modules."""
+        return iter(getattr(self.model, "modules", tuple)())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the object, if it has some."""
+        return iter(getattr(self.model, "parameters", tuple)())
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors of the object; raises `UserError` for one that has no such method."""
+        if not hasattr(self.model, "state_dict"):
+            raise UserError(
+                f"{self.class_name} has no `state_dict`, so it cannot be distinguished from other models."
+            )
+        return dict(self.model.state_dict())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter, else the CPU."""
+        weight = next(self.parameters(), None)
+        return torch.device("cpu") if weight is None else weight.device
+
+    def _refuse_text(self, texts: Any) -> Tensor:
+        raise UserError(
+            f"{self.class_name} has no `encode_text` and `tokenize`, so it cannot compare images with texts."
+        )
+
+    @property
+    def logit_scale(self) -> Tensor | None:
+        """The object's, as it is now."""
+        scale = getattr(self.model, "logit_scale", None)
+        return None if scale is None else torch.as_tensor(scale)
+
+
+def as_encoder(model: object) -> Encoder:
+    """Complete an object that has the first four methods of `Encoder`; raises `UserError` for others."""
+    if isinstance(model, Complete):
+        return cast(Encoder, model)
+    if missing := [name for name in REQUIRED if not hasattr(model, name)]:
+        raise UserError(
+            f"A model is what `declip.load` takes, a run folder, a file, a name, or an object with "
+            f"{' and '.join(REQUIRED)}; {type(model).__name__} has no `{missing[0]}`."
+        )
+    return PlainEncoder(model)
