@@ -39,6 +39,8 @@ FEW = (
 """What few pairs, or none, need: it takes an encoder and pairs, no recipe of a run and no run folder."""
 BOTH = ("finetuning", "api", "cli", "", "__main__")
 """The commands, and what decides between a fit and a run; all other packages are the core."""
+ASKING = ("evaluation", "search", "inspection", "fitting", "reports", "app", "runs", "api", "cli")
+MODELS = ("model", "encoder", "base")  # names of encoders in these packages
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -158,3 +160,16 @@ def test_no_loss_is_named_outside_supervision_and_recipes():
         if module.split(".")[0] not in HOME and module not in TENSOR_NAMES:
             named |= {(module, name) for name in loss_names(tree)}
     assert named <= ALLOWED, f"declare on `Term` what {sorted(named - ALLOWED)} need to know"
+
+
+def test_what_a_model_has_is_looked_up_in_one_file():
+    """Elsewhere code asks an `Encoder`, which has all that is asked of it."""
+    guesses = []
+    for name, tree in MODULES.items():
+        if name == "models.encoder" or name.split(".")[0] not in ASKING:
+            continue
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("getattr", "hasattr"):
+                asked = ast.unparse(call.args[0])
+                guesses += [f"{name}: {asked}"] if asked.split(".")[-1] in MODELS else []
+    assert guesses == []

@@ -1,8 +1,9 @@
 """declip: contrastive language-image models when pairs are few.
 
-The public names: `finetune`, `train`, `load`, `evaluate`, `compare`, `choose`, `classify`, `Classifier`, `embed`,
-`Embedder`, `Index`, `export`, `Columns`, `PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the package
-`interchange`. They are imported when they are first used, so that ``import declip`` is quick and asks for nothing.
+The public names: `finetune`, `fit`, `train`, `load`, `evaluate`, `compare`, `choose`, `classify`, `Classifier`,
+`embed`, `Embedder`, `Index`, `export`, `Columns`, `PairBatch`, `Recipe`, `load_recipe`, `Sink`, `Term`, and the
+package `interchange`. They are imported when they are first used, so that ``import declip`` is quick and asks for
+nothing.
 """
 
 from importlib import import_module
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from declip.data.columns import Columns as Columns
     from declip.errors import UserError as UserError
     from declip.finetuning.run import finetune as finetune
+    from declip.fitting.fit import fit as fit
     from declip.interchange.export import export as export
     from declip.interchange.read import load as load
     from declip.recipe.load import load_recipe as load_recipe
@@ -38,6 +40,7 @@ _MODULES = {
     "data.columns": "Columns",
     "errors": "UserError",
     "finetuning.run": "finetune",
+    "fitting.fit": "fit",
     "interchange.export": "export",
     "interchange.read": "load",
     "recipe.load": "load_recipe",

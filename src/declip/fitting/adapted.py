@@ -9,14 +9,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from declip.closed_form.solve import Heads
-from declip.data.images.preprocess import Preprocess
 from declip.data.pair import PairSource
 from declip.data.text.tokenizer import CaptionTokenizer
+from declip.errors import UserError
 from declip.evaluation.encode import SourceFeatures
-from declip.fitting.base import Base
+from declip.fitting.base import EncoderBase
 from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
-from declip.models.encoder import Complete
+from declip.models.encoder import Complete, Preprocessing
 from declip.models.layers import PROJECTIONS
 from declip.models.neighbors import INNER, NeighborProjection
 
@@ -30,7 +30,7 @@ class Adapted(Complete):
     Where the base has projections, the heads are maps of its embeddings; None keeps these.
     """
 
-    base: Base
+    base: EncoderBase
     heads: Heads | None
     factor: float  # of cosines before a softmax
 
@@ -50,12 +50,12 @@ class Adapted(Complete):
         return torch.tensor(self.factor).log()
 
     @property
-    def preprocessor(self) -> Preprocess:
+    def preprocessor(self) -> Preprocessing:
         """The base's preprocessing on the host."""
         return self.base.model.preprocessor
 
     @property
-    def tokenizer(self) -> CaptionTokenizer:
+    def tokenizer(self) -> CaptionTokenizer | None:
         """The base's tokenizer."""
         return self.base.model.tokenizer
 
@@ -76,8 +76,11 @@ class Adapted(Complete):
         return self.base.model.parameters()
 
     def state_dict(self) -> Mapping[str, Any]:
-        """The tensors of the merged model."""
-        return self.weights().tensors
+        """The tensors of the base, and the two matrices."""
+        tensors = dict(self.base.model.state_dict())
+        if self.heads is not None:
+            tensors |= {"heads.image": self.heads.image, "heads.text": self.heads.text}
+        return tensors
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, k) float32 of length 1."""
@@ -107,7 +110,7 @@ class Adapted(Complete):
 
     def weights(self) -> Weights:
         """The weights of the merged model."""
-        model = self.base.model
+        model = self._towers
         tensors = dict(model.state_dict())
         recipe = model.recipe
         if self.heads is not None:
@@ -115,6 +118,16 @@ class Adapted(Complete):
             tensors = kept | self.projections()
             recipe = recipe.model_copy(update={"embed_dim": self._width})
         return Weights(recipe, {n: t.cpu() for n, t in tensors.items()}, self.base.name)
+
+    @property
+    def _towers(self) -> DualEncoder:
+        model = self.base.model
+        if not isinstance(model, DualEncoder):
+            raise UserError(
+                f"{model.class_name} is not a model of declip, so heads cannot replace its projections. Use the "
+                "fitted model as it is, or fit to one that `declip.load` returned."
+            )
+        return model
 
     @property
     def _width(self) -> int:
@@ -129,7 +142,7 @@ class Adapted(Complete):
     def projections(self) -> dict[str, Tensor]:
         """The tensors that replace the projections, and the logit scale, by the names of `DualEncoder`."""
         assert self.heads is not None, "the base keeps its projections"
-        model, known = self.base.model, self.heads.neighbors
+        model, known = self._towers, self.heads.neighbors
         image = self._projection(self.heads.image, model.image_tower.proj)
         text = self._projection(self.heads.text, model.text_tower.text_projection)
         classifier = self.heads.classifier

@@ -13,8 +13,15 @@ from torch.nn.functional import normalize
 
 from declip.data.pair import PairSource
 from declip.errors import UserError
-from declip.evaluation.encode import SourceFeatures, encode_source, text_features
+from declip.evaluation.encode import (
+    SourceFeatures,
+    encode_source,
+    eval_mode,
+    image_features,
+    text_features,
+)
 from declip.models.dual_encoder import DualEncoder
+from declip.models.encoder import Encoder, as_encoder
 from declip.models.fingerprint import hash_tensors
 from declip.models.inference import chunked, normalized
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
@@ -25,7 +32,50 @@ BATCH = 64  # images or captions that a tower sees at a time
 FEATURES = 5  # raise it when preprocessing, tokenizers or towers compute others of the same input
 
 
-class Base:
+class EncoderBase:
+    """An encoder whose embeddings heads are fitted to; it stays as it is.
+
+    Args:
+        name: What `declip.load` opened, for messages and for the saved heads.
+    """
+
+    def __init__(self, model: Encoder, name: str = "") -> None:
+        self.model, self.name = model, name
+        self.projected = True  # features are embeddings in one space
+        self._sources: dict[PairSource, SourceFeatures] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the encoder."""
+        return self.model.device
+
+    def pool_images(self, pixels: Tensor) -> Tensor:
+        """Pixels as the model's preprocessing makes them → (n, v) float32, to fit heads to."""
+        return self.pool_exact(pixels)
+
+    def pool_exact(self, pixels: Tensor) -> Tensor:
+        """(n, 3, S, S) normalized → (n, v) float32, to embed with heads."""
+        return image_features(self.model, pixels, self.model.encode_image)
+
+    def pool_text(self, tokens: Tensor) -> Tensor:
+        """(m, L) token ids → (m, w) float32."""
+        with eval_mode(self.model) as device:
+            return normalize(self.model.encode_text(tokens.to(device)).float().cpu(), dim=-1)
+
+    def pool_captions(self, captions: Sequence[str], progress: bool = False) -> Tensor:
+        """(m, w) float32; rows of equal captions are equal bit for bit."""
+        return text_features(self.model, captions, batch_size=BATCH, progress=progress)
+
+    def pool_source(self, source: PairSource, **options: Any) -> SourceFeatures:
+        """Pooled features of the images of a source, which is read once for several heads."""
+        if source not in self._sources:
+            encode = self.pool_exact
+            features = encode_source(self.model, source, encode=encode, texts=False, **options)
+            self._sources[source] = features
+        return self._sources[source]
+
+
+class Base(EncoderBase):
     """Two towers, whose features heads are fitted to: before the projections, or their embeddings.
 
     Images that heads are fitted to are computed in a `precision`, "fp32" or "bf16", as a search
@@ -37,10 +87,13 @@ class Base:
         name: What `declip.load` opened, for messages and for the saved heads.
     """
 
+    model: DualEncoder
+
     def __init__(
         self, model: DualEncoder, projected: bool = False, name: str = "", precision: str = "fp32"
     ) -> None:
-        self.model, self.projected, self.name = model, projected, name
+        super().__init__(model, name)
+        self.projected = projected
         images, texts = tower_digest(model, IMAGE), tower_digest(model, TEXT)
         self._exact = VectorCache(f"{images}-fp32")
         self._images = self._exact
@@ -49,12 +102,6 @@ class Base:
         self._texts = VectorCache(texts)
         self._pool_exact = image_pool(model, "fp32")
         self._pool = image_pool(model, precision)
-        self._sources: dict[PairSource, SourceFeatures] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the towers."""
-        return self.model.device
 
     def pool_images(self, pixels: Tensor) -> Tensor:
         """(n, 3, S, S) uint8 → (n, v) float32, to fit heads to."""
@@ -77,14 +124,6 @@ class Base:
         )
         return self._embedded(self.model.text_tower.text_projection, pooled)
 
-    def pool_source(self, source: PairSource, **options: Any) -> SourceFeatures:
-        """Pooled features of the images of a source, which is read once for several heads."""
-        if source not in self._sources:
-            encode = self.pool_exact
-            features = encode_source(self.model, source, encode=encode, texts=False, **options)
-            self._sources[source] = features
-        return self._sources[source]
-
     def _pool_text(self, tokens: Tensor) -> Tensor:
         padding = self.model.tokenizer.padding
         keys = [text_key(row, padding) for row in tokens.cpu()]
@@ -100,6 +139,14 @@ class Base:
             return pooled
         device = self.model.logit_scale.device
         return normalize(projection(pooled.to(device)).float(), dim=-1).cpu()
+
+
+def base_of(model: object) -> EncoderBase:
+    """The base that heads are fitted to: the embeddings of a model."""
+    encoder = as_encoder(model)
+    if isinstance(encoder, DualEncoder):
+        return Base(encoder, projected=True)
+    return EncoderBase(encoder)
 
 
 def _cached(cache: VectorCache, pixels: Tensor, pool: Any) -> Tensor:

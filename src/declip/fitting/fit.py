@@ -5,6 +5,7 @@ chooses.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,14 @@ from declip.closed_form.ranks import HeldOutRanks
 from declip.closed_form.related import with_neighbors
 from declip.closed_form.solve import START, ClassPairs, Heads
 from declip.data.pair import PairSource
+from declip.data.sources.open import open_source
+from declip.data.sources.python_items import Items
 from declip.evaluation.leakage import leaking_column
+from declip.evaluation.zero_shot import logit_scale
 from declip.fitting.adapted import Adapted
-from declip.fitting.base import Base
+from declip.fitting.base import EncoderBase, base_of
 from declip.fitting.pairs import PairFeatures, read_features
+from declip.models.encoder import Encoder
 
 MAX_BROKEN = 0.05  # fraction of broken pairs above which a fit is refused
 
@@ -113,8 +118,8 @@ class Fitted:
 
 
 def fit(
-    pairs: PairSource,
-    base: Base,
+    pairs: str | Path | PairSource | Items,
+    encoder: EncoderBase | Encoder,
     classes: ClassPairs | None = None,
     start: Heads | None = None,
     *,
@@ -122,22 +127,43 @@ def fit(
     max_broken: float = MAX_BROKEN,
     progress: bool = False,
 ) -> Fitted:
-    """Fit heads to the pooled features of pairs, and of the classes of a classifier.
+    """Fit a model of your own to pairs in closed form: two matrices behind its embeddings.
+
+    `finetune` does this with models that `load` reads, and writes a folder. Cross-validation
+    chooses how far the matrices leave the embeddings as they are.
 
     Args:
-        classes: Classes of the base's classifier as pairs; a base with projections uses none.
+        pairs: A table, a folder, or what else `open_source` opens.
+        encoder: An object with `encode_image`, `encode_text`, `preprocess` and `tokenize`; or the
+            towers of a model of declip, a `declip.fitting.base.Base`.
+        classes: Classes of a classifier behind the towers, as pairs; not for an object.
         start: Heads of the classes alone, if they were computed before.
         seed: Of the folds of cross-validation.
         max_broken: Fraction of broken pairs above which a `UserError` is raised.
+
+    Returns:
+        Its `model` embeds, and `evaluate`, `embed` and `Index` take it; `measures()` has what
+        cross-validation says about it, `ranks()` the captions that fit their images worst.
+
+    Examples:
+        >>> fitted = declip.fit("pairs.csv", declip.load("runs/demo"))
+        >>> fitted.measures()["pairs"]
+        8
+        >>> declip.evaluate(fitted.model, "pairs.csv", "retrieval").images
+        8
     """
-    features = read_features(pairs, base, max_broken, progress)
+    source = open_source(pairs)
+    base = encoder if isinstance(encoder, EncoderBase) else base_of(encoder)
+    features = read_features(source, base, max_broken, progress)
     known, groups = features.pairs, features.groups
+    if known.images.shape[1] != known.texts.shape[1]:
+        base.projected = False  # two spaces: there is no start that could be improved
     linear = choose_heads(known, groups, classes, seed, embedded=base.projected, start=start)
     choice = linear
     if not base.projected:  # what neighbors gain beside a CLIP's projections was not measured
         choice = with_neighbors(linear, known, groups, classes, seed)
     count = 0 if classes is None else len(classes.rows)
-    return Fitted(_adapted(base, choice), choice, linear, features, pairs, count, seed)
+    return Fitted(_adapted(base, choice), choice, linear, features, source, count, seed)
 
 
 def _weights(heads: Heads) -> list[float]:
@@ -145,10 +171,10 @@ def _weights(heads: Heads) -> list[float]:
     return [0.0, 0.0] if heads.neighbors is None else heads.neighbors.weights.tolist()
 
 
-def _adapted(base: Base, choice: Choice) -> Adapted:
+def _adapted(base: EncoderBase, choice: Choice) -> Adapted:
     """The model of a choice; projections of the base that are not improved stay as they are."""
     if base.projected and choice.form == START:
-        return Adapted(base, None, float(base.model.logit_scale.detach().exp()))
+        return Adapted(base, None, logit_scale(base.model))
     return Adapted(base, choice.heads, choice.logit_scale)
 
 

@@ -11,10 +11,11 @@ from declip.closed_form.solve import Pairs
 from declip.data.images.preprocess import Preprocess
 from declip.data.pair import Pair, PairSource, SkipCounter
 from declip.evaluation.encode import encode_batches
-from declip.fitting.base import BATCH, Base
+from declip.fitting.base import BATCH, EncoderBase
 from declip.inspection.reading import PairRow, ReadPairs, row_of
 from declip.inspection.split import related_pairs
 from declip.io.pool import usual_workers
+from declip.models.encoder import Preprocessing
 
 MANY = 200  # pairs from which on processes read the images
 
@@ -38,7 +39,7 @@ class PairFeatures:
 
 
 def read_features(
-    source: PairSource, base: Base, max_broken: float, progress: bool = False
+    source: PairSource, base: EncoderBase, max_broken: float, progress: bool = False
 ) -> PairFeatures:
     """Encode all images and captions of a source.
 
@@ -78,13 +79,17 @@ class _Reader:
     That takes a tenth of the time of exact pixels for 12 megapixels.
     """
 
-    def __init__(self, preprocess: Preprocess) -> None:
+    def __init__(self, preprocess: Preprocessing) -> None:
         self.preprocess = preprocess
 
     def __call__(
         self, source: PairSource, index: int
-    ) -> tuple[Tensor, tuple[PairRow, tuple[str, ...]]]:
+    ) -> tuple[Tensor | Image.Image, tuple[PairRow, tuple[str, ...]]]:
         lazy = source.read_lazy(index)
+        if not isinstance(self.preprocess, Preprocess):  # of another library, which takes images
+            image = Image.fromarray(lazy.image.pixels())
+            pair = Pair(lazy.key, image, lazy.captions)
+            return image, (row_of(pair, index, hashed=True), pair.captions)
         pixels = lazy.image.reduced(self.preprocess.enough)
         pair = Pair(lazy.key, Image.fromarray(pixels), lazy.captions)
         row = row_of(pair, index, hashed=True)

@@ -28,7 +28,6 @@ from declip.interchange.timm_weights import class_start
 from declip.interchange.weights import Weights
 from declip.io.atomic import atomic_write, write_text
 from declip.models.device import computes_bf16, pick_device
-from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import fingerprint
 from declip.recipe.schema import Recipe
 from declip.reports.fitted import write_fitted_report
@@ -277,8 +276,7 @@ def _skipped(fitted: Fitted) -> dict[str, Any]:
 
 def _described(fitted: Fitted, recipe: Recipe) -> dict[str, str]:
     """Sentences below the title of the report."""
-    model: DualEncoder = fitted.model.base.model
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    millions = sum(parameter.numel() for parameter in fitted.model.parameters()) / 1e6
     return {
         "base": f"fitted to {fitted.model.base.name}",
         "size": f"{millions:.1f} million parameters",

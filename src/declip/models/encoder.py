@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from declip.data.images.preprocess import Preprocess
 from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.models.token_scorer import TokenScorer
@@ -100,7 +101,10 @@ class PlainEncoder(Complete):
         self.encode_image, self.preprocess = model.encode_image, model.preprocess
         self.encode_text = getattr(model, "encode_text", self._refuse_text)
         self.tokenize = getattr(model, "tokenize", self._refuse_text)
-        self.preprocessor: Preprocessing = getattr(model, "preprocessor", model.preprocess)
+        preprocessor: Preprocessing = getattr(model, "preprocessor", model.preprocess)
+        if isinstance(preprocessor, Preprocess):  # whose uint8 pixels only models of declip take
+            preprocessor = preprocessor.__call__
+        self.preprocessor = preprocessor
         self.encode_backbone = getattr(model, "encode_backbone", None)
         tokenizer = getattr(model, "tokenizer", None)
         self.tokenizer = tokenizer if isinstance(tokenizer, CaptionTokenizer) else None

@@ -1,0 +1,104 @@
+"""A fit of a model of one's own: an object with four methods."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import declip
+from conftest import refuses
+from declip.data.pair import Pair, PairSource
+
+NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "gray", "orange")
+COLORS = np.random.default_rng(0).integers(0, 256, (len(NAMES), 3))
+TABLE = torch.randn(len(NAMES) + 1, 12, generator=torch.Generator().manual_seed(0))
+
+
+class Painted(PairSource):
+    """Images of one color with some noise; a caption names two of them by number."""
+
+    name = "painted"
+
+    def __len__(self):
+        return 56
+
+    def __getitem__(self, index):
+        first, second = index % 8, (index % 8 + 1 + index // 8) % 8
+        pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+        pixels[:, :4], pixels[:, 4:] = COLORS[first], COLORS[second]
+        return Pair(f"{index}", Image.fromarray(pixels), (f"{NAMES[first]} {NAMES[second]}",))
+
+
+class Colors(torch.nn.Module):
+    """Embeds colors and words in two spaces that know nothing of each other."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.turn = torch.nn.Parameter(torch.randn(6, 12, generator=generator))
+        self.passes = 0
+
+    def preprocess(self, images):
+        return torch.stack(
+            [torch.from_numpy(np.array(image.resize((2, 1)))) / 255 for image in images]
+        ).permute(0, 3, 1, 2)
+
+    def encode_image(self, pixels):
+        self.passes += len(pixels)
+        return pixels.flatten(1) @ self.turn
+
+    def tokenize(self, texts):
+        known = {name: number for number, name in enumerate(NAMES)}
+        rows = [[known.get(word, len(NAMES)) for word in text.split()][:2] for text in texts]
+        return torch.tensor([(row * 2)[:2] for row in rows])
+
+    def encode_text(self, tokens):
+        return TABLE[tokens[:, 0]] + 2 * TABLE[tokens[:, 1]]
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return declip.fit(Painted(), Colors())
+
+
+def test_the_heads_map_its_embeddings_into_one_space(fitted):
+    known = fitted.measures()
+    assert (known["pairs"], known["better"]) == (56, True)
+    assert known["percentile"]["low"] > 0.6
+    before = declip.evaluate(Colors(), Painted(), "retrieval", progress=False)
+    after = declip.evaluate(fitted.model, Painted(), "retrieval", progress=False)
+    assert before.text_to_image.r10 < 0.4 < 0.7 < after.text_to_image.r10
+
+
+def test_every_image_is_encoded_once():
+    model = Colors()
+    declip.fit(Painted(), model)
+    assert model.passes == len(Painted())
+
+
+def test_the_fitted_model_is_embedded_and_searched(fitted, tmp_path):
+    index = declip.embed(fitted.model, Painted(), out=tmp_path / "index")
+    hits = index.search("red green", k=3)
+    model, source = fitted.model, Painted()
+    images = model.encode_image(model.preprocess([source[i].image for i in range(len(source))]))
+    text = model.encode_text(model.tokenize(["red green"]))
+    best = (text @ images.T)[0].argsort(descending=True)[:3]
+    assert [hit.id for hit in hits] == best.tolist()
+    assert declip.Index(tmp_path / "index", model=fitted.model).search("red green")[0] == hits[0]
+    refuses("made by another model", lambda: declip.Index(tmp_path / "index", model=Colors()).model)
+
+
+def test_only_models_of_declip_are_exported(fitted):
+    refuses("Colors is not a model of declip", fitted.model.merged)
+
+
+def test_spaces_of_two_widths_have_no_start():
+    class Narrow(Colors):
+        def encode_text(self, tokens):
+            return super().encode_text(tokens)[:, :9]
+
+    fitted = declip.fit(Painted(), Narrow())
+    assert fitted.start is None
+    assert "percentile_of_start" not in fitted.measures()
+    after = declip.evaluate(fitted.model, Painted(), "retrieval", progress=False)
+    assert after.text_to_image.r10 > 0.6
