@@ -29,7 +29,8 @@ def test_a_word_has_its_classes_in_any_form_and_a_phrase_or_another_model_none()
     assert [classes_of(text, model) for text in ("", "an animal on a table", "object", "arm")] == [
         ()
     ] * 4
-    assert classes_of("animal", model_of(None)) == classes_of("animal", object()) == ()
+    other = SimpleNamespace(recipe=None)
+    assert classes_of("animal", model_of(None)) == classes_of("animal", other) == ()
 
 
 def test_the_direction_is_the_mean_of_classes_as_images():

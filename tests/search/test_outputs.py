@@ -16,7 +16,7 @@ from declip.cli import app as cli
 from declip.io.outputs import output_file
 from indices import draw_shapes
 
-READ = {"image", "image_root", "head", "cache", "index of choose", "index of app"}
+READ = {"image", "image_root", "head", "cache", "terms", "index of choose", "index of app"}
 """Path parameters that name no output; the folders of indices are written as by `embed`."""
 
 COMPARED = "demo-clip demo-slip data.source=pairs.csv --pairs 8 --dataset pairs.csv --task retrieval train.batch_size=8"
