@@ -29,6 +29,7 @@ from declip.models.precision import pooling_tower
 from declip.reports.fitted import fitted_lines
 from declip.reports.page import NBSP, points
 from declip.runs.fitted import HEADS, FittedRun
+from interchange.towers import add_neighbors
 from text_encoders import bert
 
 pytest.importorskip("transformers")
@@ -592,15 +593,17 @@ def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(
     assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.parametrize("posteriors", [False, True])
-def test_heads_are_applied_after_the_projections_of_their_start(posteriors, run):
+@pytest.mark.parametrize("more", ["", "posteriors", "neighbors"])
+def test_heads_are_applied_after_the_projections_of_their_start(more, run):
     """The merged model computes what the heads compute from the embeddings of the base."""
     model, heads = declip.load(run.folder, "cpu"), Heads(*torch.randn(2, 8, 64).unbind())
     tower, weights = model.image_tower, len(model.image_tower.proj.weight)
     heads = Heads(heads.image[:, :weights], heads.text[:, :weights])
-    if posteriors:
+    if more == "posteriors":
         tower.proj = PosteriorProjection(tower.pre_logits_width, 4, weights)
         torch.nn.init.normal_(tower.proj.classes)
+    if more == "neighbors":
+        add_neighbors(model, 20, weights)
     adapted = Adapted(Base(model, projected=True, name="start"), heads, 7.0)
     images, tokens = (
         model.preprocess([texture(0), texture(1)]),

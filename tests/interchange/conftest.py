@@ -12,7 +12,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from conftest import once
 from declip.interchange.timm_weights import complete
 from interchange.families import CONFIGS
-from interchange.towers import PIXELS, VIT, build, export_exactly, unprojected
+from interchange.towers import PIXELS, VIT, add_neighbors, build, export_exactly, unprojected
 from text_encoders import roberta
 
 ONE_BLOCK = {"image.model_kwargs": {**VIT["image.model_kwargs"], "depth": 1}, "text.layers": 1}
@@ -41,14 +41,17 @@ def onnx_clip(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def onnx_roberta(tmp_path_factory):
-    """A model with class posteriors and a text encoder of transformers, and its folder; that of the encoder is gone."""
+    """A model with class posteriors, neighbors and a text encoder of transformers, and its folder.
+
+    That of the encoder is gone.
+    """
     folder = tmp_path_factory.mktemp("onnx")
     torch.manual_seed(4)
     encoder = roberta(folder / "roberta", num_hidden_layers=1)
     keys = {**ONE_BLOCK, "text.hf_model": str(encoder), "text.context_length": 24}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DECLIP_CACHE", str(folder / "cache"))
-        model = complete(unprojected("vit", 32, **keys)).build().eval()
+        model = add_neighbors(complete(unprojected("vit", 32, **keys)).build().eval())
     shutil.rmtree(encoder)
     made = once(
         tmp_path_factory,

@@ -66,9 +66,20 @@ def test_the_code_in_the_card_works_as_it_is(onnx_clip, monkeypatch, capfd):
     )
 
 
-def test_onnx_has_class_posteriors_and_the_encoders_tokenizer_and_padding(onnx_roberta):
+def test_onnx_has_class_posteriors_and_neighbors(onnx_roberta):
     model, folder = onnx_roberta
-    assert isinstance(model.image_tower.proj, PosteriorProjection)
+    assert isinstance(model.image_tower.proj.projection, PosteriorProjection)
+    pixels, tokens = model.preprocess(pictures()), model.tokenize(CAPTIONS)
+    given = {"image": pixels.numpy(), "text": tokens.int().numpy()}
+    expected = {"image": model.encode_image(pixels), "text": model.encode_text(tokens)}
+    for tower, name in (("visual", "image"), ("textual", "text")):
+        session = onnxruntime.InferenceSession(folder / tower / "model.onnx")
+        found = torch.tensor(session.run(None, {name: given[name]})[0])
+        assert largest(found, expected[name]) <= EXACT
+
+
+def test_onnx_has_the_encoders_tokenizer_and_padding(onnx_roberta):
+    model, folder = onnx_roberta
     about = json.loads((folder / "config.json").read_text())["text_cfg"]
     assert (about["padding"], about["context_length"]) == (1, 24)  # RoBERTa's padding
     library = Tokenizer.from_file(str(folder / "textual" / "tokenizer.json"))

@@ -23,7 +23,7 @@ from declip.models.hf_encoder import read_encoder
 from declip.models.layers import PROJECTIONS
 from declip.models.posteriors import PosteriorProjection
 from declip.recipe.starts import STARTS
-from interchange.towers import EXACT, unprojected
+from interchange.towers import EXACT, add_neighbors, unprojected
 from text_encoders import bert
 
 COUNT = 60
@@ -104,11 +104,15 @@ def test_projections_do_not_depend_on_the_order_of_sums():
         )  # above the noise of 1e-14 of full-size towers
 
 
+@pytest.mark.parametrize("neighbors", [False, True])
 @pytest.mark.parametrize(
-    ("format", "lacks"), [("safetensors", ""), ("open_clip", "class posteriors")]
+    ("format", "lacks"), [("safetensors", ""), ("open_clip", "class posteriors and neighbors")]
 )
-def test_formats_of_linear_projections_lack_the_posteriors(format, lacks, tmp_path):
+def test_formats_of_linear_projections_lack_the_rest(format, lacks, neighbors, tmp_path):
     model, pixels = complete(unprojected("timm-convnext")).build().eval(), torch.randn(2, 3, 64, 64)
+    weight = model.image_tower.proj.weight
+    if neighbors:
+        add_neighbors(model)
     exported = export(model, format, tmp_path / "out")
     assert (exported.difference < 1e-5, lacks in exported.limits, bool(exported.limits)) == (
         True,
@@ -116,7 +120,7 @@ def test_formats_of_linear_projections_lack_the_posteriors(format, lacks, tmp_pa
         bool(lacks),
     )
     if lacks:
-        features, weight = model.encode_backbone(pixels), model.image_tower.proj.weight
+        features = model.encode_backbone(pixels)
         linear = torch.nn.functional.normalize(features @ weight[:, : features.shape[1]].T, dim=-1)
         read_back = declip.load(tmp_path / "out", "cpu").encode_image(pixels)
         torch.testing.assert_close(read_back, linear, atol=EXACT, rtol=0)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch.nn.functional import normalize
 
 import declip
 from conftest import draw
@@ -13,6 +14,8 @@ from declip.interchange.classes import Classes
 from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import PROJECTIONS
+from declip.models.neighbors import NeighborProjection
+from declip.models.posteriors import PosteriorProjection
 from declip.recipe.load import load_recipe
 
 EXACT = 1e-5
@@ -106,6 +109,26 @@ def unprojected(kind="conv", size=64, **changes):
     return Weights(
         recipe, tensors, "start", classes=Classes(rows, torch.rand(rows.shape[1]), names, size=size)
     )
+
+
+def add_neighbors(model, count=70, width=24):
+    """Let both projections of a model compare with known pairs, and its image tower with its classes."""
+    image, text = model.image_tower, model.text_tower
+    classes = len(image.proj.classes) if isinstance(image.proj, PosteriorProjection) else 0
+    known = count + classes
+    axes = (model.recipe.embed_dim + known + classes, width)
+    image.proj = NeighborProjection(image.proj, known, image.pre_logits_width, axes)
+    text.text_projection = NeighborProjection(text.text_projection, known, text.width, axes)
+    model.recipe = model.recipe.model_copy(update={"embed_dim": width})
+    generator = torch.Generator().manual_seed(1)
+    shared_axes = torch.randn(axes, generator=generator)
+    for projection in (image.proj, text.text_projection):
+        anchors = torch.randn(projection.anchors.shape, generator=generator)
+        projection.anchors.copy_(normalize(anchors, dim=-1))
+        projection.mean.copy_(torch.randn(projection.mean.shape, generator=generator))
+        projection.weights.copy_(torch.tensor([1.0, 0.5]))
+        projection.axes.copy_(shared_axes)
+    return model
 
 
 def pictures():
