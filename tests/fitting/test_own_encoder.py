@@ -97,8 +97,13 @@ def test_spaces_of_two_widths_have_no_start():
         def encode_text(self, tokens):
             return super().encode_text(tokens)[:, :9]
 
+    refuses("12 and 9 numbers|9 and 12 numbers", declip.evaluate, Narrow(), Painted(), "retrieval")
     fitted = declip.fit(Painted(), Narrow())
     assert fitted.start is None
     assert "percentile_of_start" not in fitted.measures()
     after = declip.evaluate(fitted.model, Painted(), "retrieval", progress=False)
     assert after.text_to_image.r10 > 0.6
+
+
+def test_an_object_is_fitted_by_fit_and_not_fine_tuned(tmp_path):
+    refuses("declip.fit", declip.finetune, Painted(), Colors(), out=tmp_path / "out")

@@ -79,6 +79,11 @@ def finetune(
         freeze: Towers not to train: "both", "image", "text" or "none". The default is "both" for the built-in weights
             without a GPU, else "none".
     """
+    if not isinstance(weights, str | Path | Run | FittedRun | None):
+        raise UserError(
+            f"`finetune` starts from what `declip.load` takes, not from an object ({type(weights).__name__}). "
+            "To fit a model of your own, use `declip.fit`."
+        )
     held_out = held_out_sets(val)
     (source, *sets), sources = name_sources(pairs, *held_out, *held_out_sets(keep))
     val_sets, kept_sets = sets[: len(held_out)], sets[len(held_out) :]
