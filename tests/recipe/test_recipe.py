@@ -235,3 +235,12 @@ def test_a_path_of_pairs_may_have_any_character(tmp_path):
     path = tmp_path / "a: 'b' # 📷.csv"
     path.touch()
     assert load_for_training("clip", data=path).data.source == str(path)
+
+
+def test_values_are_replaced_by_dotted_key_and_what_was_given_stays():
+    recipe = load_recipe("demo-clip", {"train.steps": 7})
+    other = recipe.with_keys({"train.steps": 9, "data.max_pairs": 3, "embed_dim": 5})
+    assert (other.train.steps, other.data.max_pairs, other.embed_dim) == (9, 3, 5)
+    assert (recipe.train.steps, other.given) == (7, recipe.given)
+    expected = flat(recipe.model_dump()) | {"train.steps": 9, "data.max_pairs": 3, "embed_dim": 5}
+    assert flat(other.model_dump()) == expected

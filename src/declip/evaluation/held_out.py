@@ -69,8 +69,7 @@ class HeldOutSets:
             raise UserError(
                 f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set."
             )
-        chosen = evaluation.model_copy(update={"zero_shot": classes, "retrieval": captions})
-        return recipe.model_copy(update={"evaluation": chosen})
+        return recipe.with_keys({"evaluation.zero_shot": classes, "evaluation.retrieval": captions})
 
     def captioned(self, name: str) -> bool:
         """Whether any of a set's first pairs has a caption other than the name of its class, for retrieval."""

@@ -116,7 +116,7 @@ class Adapted(Complete):
         if self.heads is not None:
             kept = {n: t for n, t in tensors.items() if not n.startswith(PROJECTIONS)}
             tensors = kept | self.projections()
-            recipe = recipe.model_copy(update={"embed_dim": self._width})
+            recipe = recipe.with_keys({"embed_dim": self._width})
         return Weights(recipe, {n: t.cpu() for n, t in tensors.items()}, self.base.name)
 
     @property

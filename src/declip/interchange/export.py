@@ -141,7 +141,7 @@ def linear_part(model: DualEncoder) -> DualEncoder:
     if isinstance(text, NeighborProjection):
         copy.text_tower.text_projection = text.linear()
     width = copy.image_tower.proj.out_features
-    copy.recipe = copy.recipe.model_copy(update={"embed_dim": width})
+    copy.recipe = copy.recipe.with_keys({"embed_dim": width})
     return copy
 
 

@@ -131,8 +131,7 @@ def _with_text(image: Weights, name: str, where: str) -> Weights:
         "context_length": min(CONTEXT, positions - OFFSET),
         "pretrained": False,
     }
-    text = image.recipe.text.model_copy(update=changes)
-    recipe = image.recipe.model_copy(update={"text": text})
+    recipe = image.recipe.with_keys({f"text.{key}": value for key, value in changes.items()})
     with torch.random.fork_rng(devices=[]):
         filled = DualEncoder(recipe, encoder, "text")
     tensors = {**image.tensors, **filled.state_dict()}
@@ -244,15 +243,13 @@ def complete_text(weights: Weights, size: int) -> Weights | None:
 def _with_heads(weights: Weights, heads: Mapping[str, Tensor], size: int | None) -> Weights:
     recipe = weights.recipe
     changes = {
-        "image": recipe.image.model_copy(update={"size": size or recipe.image.size}),
+        "image.size": size or recipe.image.size,
         "embed_dim": len(heads[f"{IMAGE_PROJECTION}weight"]),
-        "logit_scale": recipe.logit_scale.model_copy(update={"init": math.log(LOGIT_SCALE)}),
+        "logit_scale.init": math.log(LOGIT_SCALE),
     }
     tensors = {**weights.tensors, **heads, "logit_scale": torch.tensor(math.log(LOGIT_SCALE))}
     published = weights.published and f"{weights.published} {VERSION}"
-    return replace(
-        weights, recipe=recipe.model_copy(update=changes), tensors=tensors, published=published
-    )
+    return replace(weights, recipe=recipe.with_keys(changes), tensors=tensors, published=published)
 
 
 def _read_heads(path: Path) -> dict[str, Tensor] | None:

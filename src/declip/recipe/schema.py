@@ -1,6 +1,7 @@
 """The recipe: all sections and keys, with their defaults and limits."""
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -518,6 +519,16 @@ class Recipe(Section):
     def given(self) -> frozenset[str]:
         """Dotted keys of the user's own files and overrides, which `declip.load_recipe` passes as context."""
         return self._given
+
+    def with_keys(self, values: Mapping[str, Any]) -> Self:
+        """A copy with other values by dotted key, such as ``{"train.steps": 12}``, which are not validated."""
+        changed = self
+        for key, value in values.items():
+            section, _, inner = key.partition(".")
+            if inner:
+                value = getattr(changed, section).model_copy(update={inner: value})
+            changed = changed.model_copy(update={section: value})
+        return changed
 
     @model_validator(mode="after")
     def _losses_fit(self) -> Self:

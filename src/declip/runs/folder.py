@@ -311,17 +311,16 @@ def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
 
     def moved(name: str) -> str:
         here = folder / Path(name).name
-        return (
-            str(here) if here.name in SPLIT and not Path(name).exists() and here.is_file() else name
-        )
+        is_here = here.name in SPLIT and here.is_file()
+        return str(here) if is_here and not Path(name).exists() else name
 
-    data = recipe.data
-    if isinstance(data.source, str):
-        data = data.model_copy(update={"source": moved(data.source)})
-    sets = {key: tuple(map(moved, names)) for key, names in recipe.evaluation if names}
-    return recipe.model_copy(
-        update={"data": data, "evaluation": recipe.evaluation.model_copy(update=sets)}
-    )
+    changed: dict[str, Any] = {}
+    for key, names in recipe.evaluation:
+        if names:
+            changed[f"evaluation.{key}"] = tuple(map(moved, names))
+    if isinstance(recipe.data.source, str):
+        changed["data.source"] = moved(recipe.data.source)
+    return recipe.with_keys(changed)
 
 
 def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:

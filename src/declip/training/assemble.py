@@ -95,9 +95,7 @@ def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume
             "%s does not support bfloat16 natively: steps are slow. Set train.precision=auto.",
             device,
         )
-    return recipe.model_copy(
-        update={"train": recipe.train.model_copy(update={"precision": precision})}
-    )
+    return recipe.with_keys({"train.precision": precision})
 
 
 def resolve_epochs(recipe: Recipe, pairs: int) -> Recipe:
@@ -106,9 +104,7 @@ def resolve_epochs(recipe: Recipe, pairs: int) -> Recipe:
     if train.epochs is None:
         return recipe
     steps = max(1, round(train.epochs * max(1, pairs // train.batch_size)))
-    return recipe.model_copy(
-        update={"train": train.model_copy(update={"steps": steps, "epochs": None})}
-    )
+    return recipe.with_keys({"train.steps": steps, "train.epochs": None})
 
 
 def assemble(

@@ -31,8 +31,8 @@ def estimate(recipe: Recipe) -> str:
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
     refuse_broken(source, recipe.data.max_broken_fraction)
     # Of few pairs so many may be broken by chance that a run would stop.
-    limits = {"max_pairs": few, "max_broken_fraction": max(0.5, recipe.data.max_broken_fraction)}
-    small = recipe.model_copy(update={"data": recipe.data.model_copy(update=limits)})
+    most_broken = max(0.5, recipe.data.max_broken_fraction)
+    small = recipe.with_keys({"data.max_pairs": few, "data.max_broken_fraction": most_broken})
     with TemporaryDirectory() as folder:
         state = assemble(small, Path(folder) / "run", quiet=True)
         steps = train.steps * fmean(step_seconds(state, 1, TIMED))

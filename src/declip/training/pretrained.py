@@ -57,7 +57,7 @@ def apply_architecture(weights: Weights, recipe: Recipe) -> Recipe:
     fitted = architecture_of(weights, recipe)
     asked = any(key.startswith("loss_weights") for key in recipe.given)
     if "logit_bias" in weights.tensors and not asked:
-        return fitted.model_copy(update={"loss_weights": for_sigmoid(fitted.loss_weights)})
+        return fitted.with_keys({"loss_weights": for_sigmoid(fitted.loss_weights)})
     return fitted
 
 
