@@ -107,12 +107,30 @@ def agent(*given):
     )(*given)
 
 
+def test_an_error_of_all_ranks_is_printed_by_one_and_that_of_one_rank_too(
+    tmp_path, monkeypatch, command
+):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    printed = []
+    for rank, table in enumerate(("missing.csv", "missing.csv", "another.csv")):
+        file = tmp_path / "attempt_0" / str(rank) / "error.json"
+        file.parent.mkdir(parents=True)
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        done = command("train", "demo-clip", "--data", table)
+        assert (done.status, table in file.read_text()) == (2, True)
+        printed.append(done.err)
+    assert [text.count("\n") for text in printed] == [1, 0, 1]
+    assert "rank 0: 'missing.csv'" in printed[0]
+    assert "rank 2: 'another.csv'" in printed[2]
+
+
 def test_torchrun_repeats_the_error_below_its_trace(tmp_path, monkeypatch, command):
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    file = tmp_path / "0" / "error.json"
+    file.parent.mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     assert command("train", "demo-clip", "--data", "missing.csv").status == 2
-    failure = ProcessFailure(
-        local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json")
-    )
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
     assert "traceback : 'missing.csv' does not exist" in str(
         ChildFailedError("declip", {0: failure})
     )

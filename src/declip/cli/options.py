@@ -1,5 +1,6 @@
 """Options, output and checks that commands share."""
 
+import hashlib
 import json
 import os
 import sys
@@ -208,19 +209,30 @@ def write_image(path: Path, image: "Image", option: str, overwrite: bool) -> Non
     say(f"Written: {path}")
 
 
+def _is_first(message: str, folder: Path) -> bool:
+    """Whether no other process has left a mark for a message in the folder of torchrun's attempt."""
+    digest = hashlib.sha256(message.encode(errors="replace")).hexdigest()[:16]
+    try:
+        (folder / f"{digest}.printed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def fail(message: str, status: int = 2) -> NoReturn:
-    """Print an error, with the rank if there are several, and exit."""
-    rank = (
-        f"rank {os.environ['RANK']}: "
-        if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
-        else ""
-    )
-    Console(stderr=True).print(
-        f"[bold red]Error:[/] {escape(rank + message)}", highlight=False, soft_wrap=True
-    )
-    if file := os.environ.get(
-        "TORCHELASTIC_ERROR_FILE"
-    ):  # what torchrun repeats below its own traceback
+    """Print an error, with the rank if there are several, and exit.
+
+    Under torchrun, of the processes of a machine that have the same error only the first prints it.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is None or _is_first(message, Path(error_file).parents[1]):
+        several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+        text = f"rank {os.environ['RANK']}: {message}" if several else message
+        error_console = Console(stderr=True)
+        error_console.print(f"[bold red]Error:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    if error_file is not None:  # what torchrun repeats below its own traceback
         told = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
-        Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
+        Path(error_file).write_text(json.dumps({"message": told}), encoding="utf-8")
     sys.exit(status)
