@@ -7,7 +7,9 @@ from math import exp, log, sqrt
 import numpy as np
 import pytest
 
+from comparison.synthetic import outcome, study
 from conftest import refuses
+from declip.comparison import tuning
 from declip.comparison.outcome import EfficiencyCurve, curve_of, factor, pairs_needed
 from declip.comparison.study import Study, Trial, Variant, extended, read_study
 from declip.recipe.checks import read_counts
@@ -202,3 +204,26 @@ def test_intervals_of_a_curve_are_student_t_and_sizes_rise():
     assert curve_of({4: {0: 0.2}, 1: {0: 0.1}}) == EfficiencyCurve(
         (1, 4), ((0.1,), (0.2,)), ((0,), (0,))
     )
+
+
+def test_tuning_takes_the_most_pairs_and_one_seed_and_warns_at_either_edge(monkeypatch, caplog):
+    best = {"clip": "0.001", "declip": "0.002", "slip": "0.004"}
+    asked = []
+
+    def run(plan, out, quiet):
+        asked.append((plan, out))
+        right = {f"{name}-{value}" for name, value in best.items()}
+        return outcome(plan, value=lambda trial: 0.2 + 0.3 * (trial.variant in right))
+
+    monkeypatch.setattr(tuning.runner, "run", run)
+    plan = study(("clip", "declip", "slip"), budget="compute")
+    grid = tuning.Grid.of("train.lr=0.001,0.002,0.004", "validation")
+    chosen = tuning.tuned(plan, grid, "out")
+    assert {each.name: each.overrides["train.lr"] for each in chosen.variants} == best
+    assert all(each.resolve().train.lr == float(best[each.name]) for each in chosen.variants)
+    assert replace(chosen, variants=plan.variants) == plan
+    ((trials, out),) = asked
+    assert (trials.pairs, trials.seeds, trials.datasets) == ((8000,), (0,), ("validation",))
+    assert (trials.budget, len(trials.variants), out) == ("samples", 9, "out-tuning")
+    edges = [line for line in caplog.messages if "at the edge of the grid" in line]
+    assert [line.partition(":")[0] for line in edges] == ["clip", "slip"]

@@ -1,5 +1,7 @@
 """Evaluation by several processes, each of which encodes a share: the results of one process."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -22,27 +24,34 @@ def classified(rows, tmp_path_factory):
 
 
 def measured(path, losses, workers):
-    """The results by this process, as rows, and how many images it encoded."""
+    """The results by this process, as rows, and how many images and texts it encoded."""
     recipe = Recipe.model_validate(tiny_tree(path, loss_weights=losses))
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe)
     Objective(recipe, model).attach(model)
-    encoded = []
-    model.image_tower.register_forward_hook(lambda _, given, __: encoded.append(len(given[0])))
-    options = Options(batch_size=3, workers=workers, progress=False, share=HostGroup())
+    encoded = Counter()
+
+    def count(tower, given, _):
+        encoded[type(tower).__name__] += len(given[0])
+
+    for tower in (model.image_tower, model.text_tower):
+        tower.register_forward_hook(count)
+    options = Options(batch_size=5, workers=workers, progress=False, share=HostGroup())
     dataset = open_dataset(path, label_column="label")
     results = evaluate_all(model, dataset, ("zero-shot", "retrieval"), options)
-    return [result.to_dict() for result in results], sum(encoded)
+    return [result.to_dict() for result in results], encoded
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("losses", [{"contrastive": 1.0}, {"late_interaction": 1.0}])
 def test_processes_share_the_images_and_find_what_one_finds(classified, tmp_path, losses, workers):
-    expected, images = measured(classified, losses, workers)
+    expected, encoded = measured(classified, losses, workers)
     found = in_processes(measured, 2, tmp_path, classified, losses, workers)
     assert [results for results, _ in found] == [expected, expected]
-    assert found[0][1] + found[1][1] == images
-    assert min(found[0][1], found[1][1]) > 0
+    first, second = (each for _, each in found)
+    assert first + second == encoded
+    assert first.keys() == second.keys() == encoded.keys()
+    assert len(encoded) == 2
 
 
 def refused(path):

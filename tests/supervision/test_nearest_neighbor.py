@@ -106,8 +106,8 @@ def losses_with_own_queues():
         features = term.features(Encodings(images, texts, None, None))
         own = Rows(("first", "second"), images, texts, features)
         everyone = {name: gather(rows) for name, rows in features.items()}
-        # The loss reads the keys of neighbors alone.
-        keys = Rows(own.views, images, texts, everyone)
+        all_texts = gather(texts.transpose(0, 1)).transpose(0, 1)  # (2, 2 · ROWS, d)
+        keys = Rows(own.views, images, all_texts, everyone)
         found.append(term.loss(own, keys, scale, ROWS * distributed.rank()).item())
         term.after_step(model)
     return found

@@ -305,3 +305,23 @@ def test_a_queue_of_each_process_is_resumed(recipe, tmp_path):
     assert not torch.equal(one[QUEUE], one[other])
     assert torch.equal(one[QUEUE], two[QUEUE])
     assert torch.equal(one[other], two[other])
+
+
+def images_evaluated(recipe, folder):
+    """The number of images that a process of a run encodes for evaluations."""
+    trainer, encoded = trainer_of(recipe, folder), []
+
+    def count(tower, given, _):
+        if not tower.training:
+            encoded.append(len(given[0]))
+
+    trainer.state.model.image_tower.register_forward_hook(count)
+    trainer.train()
+    return sum(encoded)
+
+
+def test_the_processes_of_a_run_share_its_evaluation(table, tmp_path):
+    evaluation = {"retrieval": [str(table)]}
+    keys = of(tiny_tree(table, evaluation=evaluation), steps=1)
+    found = in_processes(images_evaluated, 2, tmp_path / "ranks", keys, tmp_path / "run")
+    assert sum(found) == 24
