@@ -1,6 +1,8 @@
 """A momentum teacher: a slow average of the model, which the losses compare with, and which is evaluated and exported.
 
 python examples/momentum_teacher.py pairs.csv runs/momentum heldout.csv
+
+Not with train.strategy=fsdp, which would shard the teacher.
 """
 
 import sys
