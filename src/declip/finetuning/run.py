@@ -1,6 +1,5 @@
 """Fine-tuning: the recipe by the number of pairs and the kind of weights, and the run."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
@@ -33,7 +32,7 @@ from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.checks import load_for_training
 from declip.recipe.finetuning import FREEZE, StartKind, fits_closed_form, settings
-from declip.recipe.load import load_recipe
+from declip.recipe.load import Verbatim, load_recipe
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS
 from declip.runs.fitted import FittedRun, is_fitted
@@ -150,8 +149,7 @@ class Start:
         keys = settings(pairs, self._kind, on_cpu, freeze, given, validated)
         if starter.matches(self.name) and on_cpu:
             keys.setdefault("image.size", STARTS[self.name])
-        # quoted, see `load_for_training`
-        return {"finetune.pretrained": json.dumps(self.name, ensure_ascii=False), **keys}
+        return {"finetune.pretrained": Verbatim(self.name), **keys}
 
     @property
     def _kind(self) -> StartKind:

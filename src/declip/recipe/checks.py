@@ -1,6 +1,5 @@
 """Checks of the arguments of commands and of Python functions without torch, whose import takes seconds."""
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
@@ -9,7 +8,7 @@ from typing import Any
 
 from declip.errors import UserError
 from declip.io.plugins import check_sets_installed
-from declip.recipe.load import load_recipe
+from declip.recipe.load import Verbatim, load_recipe
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS, check_model
 
@@ -35,8 +34,7 @@ def load_for_training(
         return recipe
     given = dict(overrides or {})
     if data is not None:
-        # Quoted, because values are read as YAML, which has no escapes of JSON for characters beyond 16 bits, as emoji.
-        given["data.source"] = json.dumps(str(data), ensure_ascii=False)
+        given["data.source"] = Verbatim(data)
     if val:
         names = list(dict.fromkeys(map(str, val)))
         given |= {"evaluation.zero_shot": names, "evaluation.retrieval": names}

@@ -1,15 +1,10 @@
 """Settings of fine-tuning by the number of pairs and the kind of weights: the table of docs/finetuning.md."""
 
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, Literal
 
-import yaml
-
 from declip.errors import UserError, unknown
-from declip.io.yaml_dialect import read_yaml
-from declip.recipe.load import flat, load_recipe, read_value
+from declip.recipe.load import Verbatim, flat, load_recipe, read_value
 from declip.recipe.schema import Recipe
 
 FREEZE = {"both": ("all", "all"), "image": ("all", 0), "text": (0, "all"), "none": (0, 0)}
@@ -69,11 +64,8 @@ def read_overrides(
 
 
 def _unread(value: Any) -> Any:
-    """A value that `load_recipe` reads as this one: text that YAML reads as something else is quoted."""
-    with suppress(yaml.YAMLError):
-        if not isinstance(value, str) or read_yaml(value) == value:
-            return value
-    return json.dumps(value, ensure_ascii=False)
+    """A value that `load_recipe` takes as it is."""
+    return Verbatim(value) if isinstance(value, str) else value
 
 
 def settings(

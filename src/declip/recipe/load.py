@@ -23,6 +23,10 @@ def recipe_names() -> list[str]:
     return sorted({path.stem for path in LIBRARY.glob("[!_]*.yaml")} | {*plugins("recipes")})
 
 
+class Verbatim(str):
+    """A value of an override that is this text, and is not read as YAML."""
+
+
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe, the recipes that it extends, and overrides.
 
@@ -31,7 +35,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
     Args:
         name: Name of a shipped recipe, or the path of a YAML file.
-        overrides: Dotted keys and values; a value of type str is read as YAML.
+        overrides: Dotted keys and values; a value of type str is read as YAML, unless it is `Verbatim`.
 
     Examples:
         >>> declip.load_recipe("demo-declip", {"train.steps": 500}).train.steps
@@ -42,13 +46,10 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     base, over = _read_tree(name, (), given), dict[str, Any]()
     tree = dict(base)
     for key, value in (overrides or {}).items():
-        value = (
-            read_value(key, value)
-            if isinstance(value, str)
-            else str(value)
-            if isinstance(value, Path)
-            else value
-        )
+        if isinstance(value, Path | Verbatim):
+            value = str(value)
+        elif isinstance(value, str):
+            value = read_value(key, value)
         _set(tree, key, value)
         _set(over, key, value)
         given.update(flat({key: value}))
