@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,9 +62,13 @@ gc.disable()  # imports make millions of objects that stay; searching them for g
 
 
 def pytest_configure(config):
-    if not config.getoption(
-        "numprocesses", None
-    ):  # else this process only hands out tests to others
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        # No test finds what an earlier run or the user computed; workers inherit the folder.
+        cache = tempfile.mkdtemp(prefix="declip-cache-")
+        os.environ["DECLIP_CACHE"] = cache
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    # With workers this process only hands out tests.
+    if not config.getoption("numprocesses", None):
         import timm  # noqa: F401
 
 

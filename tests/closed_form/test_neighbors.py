@@ -66,6 +66,16 @@ def test_what_an_image_and_a_text_both_resemble_counts_most_in_their_cosine():
     assert both_resemble(images, texts, image, text, 9) == [1, 2, 0], "3 is unlike the image"
 
 
+def test_heads_in_another_type_keep_their_neighbors():
+    pairs = pairs_of(20)
+    known = replace(known_pairs(pairs, None), weights=torch.tensor([0.5, 0.0]))
+    heads = Heads(torch.randn(5, 12), torch.randn(5, 7), neighbors=known)
+    inputs = pairs.images.float(), pairs.texts.float()
+    converted = heads.to(torch.zeros(1, dtype=torch.float64)).to(inputs[0])
+    expected = heads.embed_images(inputs[0]) @ heads.embed_texts(inputs[1]).mT
+    torch.testing.assert_close(converted.similarities(*inputs), expected)
+
+
 def test_an_image_with_several_captions_is_known_by_their_mean():
     pairs = pairs_of(6)
     twice = Pairs(pairs.images[:3], pairs.texts, torch.tensor([0, 0, 1, 1, 2, 2]))

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -136,7 +135,6 @@ def test_torchrun_repeats_the_error_below_its_trace(tmp_path, monkeypatch, comma
     )
 
 
-@pytest.mark.slow
 def test_a_rank_that_dies_is_started_again_and_the_run_continues(table, tmp_path, capfd):
     """Of `finetune`, whose folder is locked once for both ranks before they split the pairs."""
     run, died = tmp_path / "run", tmp_path / "died"
@@ -172,7 +170,6 @@ def test_a_rank_that_dies_is_started_again_and_the_run_continues(table, tmp_path
     assert "Resuming at step" in (run / "log.txt").read_text()
 
 
-@pytest.mark.slow
 def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continues(
     table, tmp_path, capfd
 ):

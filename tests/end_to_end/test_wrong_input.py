@@ -361,8 +361,8 @@ def test_an_interrupted_run_prints_words_that_a_shell_reads(table, here, declip,
 # The largest size of a file, and what the message names
 FULL = {
     500: ("'run/recipe.yaml'", "--out"),
-    8_000: ("metrics.jsonl'", "--resume"),
-    20_000: ("checkpoints/step-00000060",),
+    3_000: ("metrics.jsonl'", "--resume"),
+    20_000: ("checkpoints/step-00000024",),
 }
 
 
@@ -373,7 +373,7 @@ def test_a_full_disk_is_reported_and_the_run_continues_once_there_is_room(
     words = [
         "train",
         "mine.yaml",
-        "train.steps=60",
+        "train.steps=24",
         "train.log_every=1",
         "train.checkpoint_every=100",
     ]
@@ -387,7 +387,7 @@ def test_a_full_disk_is_reported_and_the_run_continues_once_there_is_room(
         ), printed
         assert "Traceback" not in printed
     assert declip(*words)[0] == 0
-    assert [row["step"] for row in read_rows(here / "run" / "metrics.jsonl")] == list(range(1, 61))
+    assert [row["step"] for row in read_rows(here / "run" / "metrics.jsonl")] == list(range(1, 25))
     words = [
         "evaluate",
         str(trained),

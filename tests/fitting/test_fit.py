@@ -148,6 +148,7 @@ def test_a_fit_is_two_matrices_its_measures_and_an_export_that_stands_alone(run,
     )
     # --- the page and the table of captions
     page = run.report.read_text(encoding="utf-8")
+    assert f"fitted to {start_of(folder)}" in page
     known = run.cross_validation
     assert (
         f"better than {percent(known['percentile']['value']).replace(' ', NBSP)} of the others"
@@ -272,7 +273,9 @@ def test_views_of_one_object_are_named_where_they_are_not_left_out_together(fold
     for number in range(COUNT):
         first, second = texture(number // 2), texture(100 + number)
         Image.blend(first, second, 0.3).save(tmp_path / f"{number}.png")
-        rows.append(f"{tmp_path / f'{number}.png'},text {number},P{number // 2},{number // 4 % 2}")
+        row = f"P{number // 2},{number // 4 % 2}"
+        texts = [f"text {number}", f"other {number}"][: 1 + number % 3]  # rows and images differ
+        rows += [f"{tmp_path / f'{number}.png'},{text},{row}" for text in texts]
     (folder / "views.csv").write_text("\n".join(rows) + "\n")
     runs = [
         fitted(folder, tmp_path / f"run{len(key)}", "views.csv", **key) for key in ({}, GROUPED)

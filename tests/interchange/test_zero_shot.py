@@ -199,6 +199,11 @@ def test_the_builtin_text_encoder_is_what_transformers_reads():
     assert float(torch.cosine_similarity(weights.classes.features[:40], texts).min()) > 0.9998
 
 
+def test_a_classifier_in_half_precision_is_computed_with_in_float32():
+    classes = Classes.of(torch.ones(4, 3, dtype=torch.float16), torch.zeros(3).half())
+    assert (classes.rows.dtype, classes.mean.dtype) == (torch.float32, torch.float32)
+
+
 def test_an_image_classifier_of_timm_with_a_text_encoder_is_a_model_without_pairs(tmp_path):
     torch.manual_seed(0)
     bert(tmp_path / "bert")

@@ -33,8 +33,17 @@ from declip.io.atomic import (
 )
 from declip.io.cache import LOCK, cache_entries, clear_cache, hold, trim_cache
 from declip.io.progress import progress_bar
+from declip.io.text import join_words
 from declip.training.sinks import Bar, RunInfo
 from training.starts import recipe_for
+
+
+@pytest.mark.parametrize(
+    ("given", "joined"),
+    [([], "nothing"), ("a", "a"), ("ab", "a and b"), (["a", "b", 2_000], "a, b and 2,000")],
+)
+def test_words_are_joined_for_messages(given, joined):
+    assert join_words(given) == joined
 
 
 def test_the_environment_chooses_the_folder(monkeypatch):
@@ -175,7 +184,7 @@ def test_files_may_vanish_while_entries_are_listed(cache):
     writer = multiprocessing.get_context("fork").Process(target=come_and_go, args=(folder,))
     writer.start()
     try:
-        for _ in range(1_500):
+        for _ in range(400):
             assert {
                 entry.path.name for entry in cache_entries() if entry.path.parent.name == "features"
             } >= {"busy"}

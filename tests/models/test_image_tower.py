@@ -95,6 +95,13 @@ def test_towers_have_the_size_of_openai(image):
     assert sum(p.numel() for p in model.parameters()) == OPENAI[image] + 512 + width
 
 
+@pytest.mark.parametrize("name", ["declip_vit_tiny", "declip_vit_small", "declip_vit_base"])
+def test_heads_of_small_towers_have_64_channels(name):
+    with torch.device("meta"):
+        block = ImageTower(name, 32, 16).trunk.blocks[0]
+    assert block.attn.head_dim == 64
+
+
 def plain(fan):
     """Standard deviation of PyTorch's default weights and biases."""
     return (3 * fan) ** -0.5

@@ -121,6 +121,7 @@ def test_the_whole_report(whole):
     ):
         assert [part for part in parts if part not in page.texts[section]] == []
     assert html.count("<svg") == 1 + 3 + 3
+    assert "top-1 from 21.0 % to 54.3 %; top-5 from 60.0 % to 87.6 %" in html
     assert 'class="absent"' not in html
     assert len(html.encode()) < 3_000_000
     # It loads nothing from elsewhere.

@@ -12,6 +12,10 @@ from declip.interchange import starter
 from declip.models.posteriors import PosteriorProjection
 from declip.search.class_words import class_direction, classes_of
 
+needs_start = pytest.mark.skipif(
+    not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed"
+)
+
 
 def model_of(encoder, classes=1_000):
     recipe = SimpleNamespace(text=SimpleNamespace(hf_model=encoder))
@@ -47,12 +51,7 @@ def test_the_direction_is_the_mean_of_classes_as_images():
     assert class_direction(model_of("builtin:lite2-minilm", classes=10), (3, 7)) is None
 
 
-@pytest.mark.skipif(
-    not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed"
-)
-@pytest.mark.skipif(
-    not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed"
-)
+@needs_start
 def test_a_class_named_by_such_a_word_is_compared_as_images_too(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
     model, names = declip.load("builtin:lite0-minilm"), ["animals", "a red square"]
@@ -65,9 +64,7 @@ def test_a_class_named_by_such_a_word_is_compared_as_images_too(tmp_path):
     )
 
 
-@pytest.mark.skipif(
-    not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed"
-)
+@needs_start
 def test_a_search_for_a_class_word_reads_the_image_tower_and_no_other_does(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
     declip.embed("builtin:lite0-minilm", [str(tmp_path / "a.png")], out=tmp_path / "index")

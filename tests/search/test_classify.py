@@ -253,6 +253,10 @@ def test_a_column_that_is_named_is_that_of_the_folders_table(
     )
 
 
+def test_a_table_that_is_no_csv_file_is_refused_before_the_model_is_read(folder):
+    refuses(("x.txt", ".csv", "--out"), declip.classify, "no model", folder, CLASSES, out="x.txt")
+
+
 def test_columns_of_images_are_also_those_of_the_examples(folder, products, weights_file, command):
     products.write_text(products.read_text().replace("label", "art"))
     words = ["classify", weights_file, folder, "--quiet", "--examples", products]

@@ -136,6 +136,9 @@ def test_projections_that_are_computed_on_another_machine_are_the_same_model():
     assert fingerprint(one) == fingerprint(other)
     other.image_tower.proj.weight.data *= 1 + 1e-6  # trained since
     assert fingerprint(one) != fingerprint(other)
+    before = fingerprint(one)
+    one.published = replace(one.published, files="digests of other files")
+    assert fingerprint(one) != before
 
 
 def test_a_bad_query_says_why(made):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import refuses, write_rows
 from declip.data.batch import PairBatch
-from declip.data.sources.checks import caption_warnings
+from declip.data.sources.checks import caption_warnings, refuse_broken
 from declip.data.sources.open import open_source
 from declip.data.text.tokenizer import HuggingfaceTokenizer, Tokenizer
 from declip.models.hf_encoder import read_encoder
@@ -121,6 +122,8 @@ def test_steps_that_wait_for_the_loader_are_named_once_and_not_before_enough_was
     }
     assert said.keys() == {3 + 20 + 9}
     assert all(part in said[32] for part in ("wait 26% of", "data.workers=1 now"))
+    monitor = ThroughputMonitor()
+    assert [monitor.check(0.06, 0.04, 1) for _ in range(40)] == [None] * 40, "4 s are too few"
 
 
 def test_automatic_workers_are_the_cores_of_a_rank_that_do_not_train(monkeypatch):
@@ -183,3 +186,10 @@ def test_views_are_unnormalized_and_texts_decoded():
 
 def _image(src):
     return Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2])))
+
+
+def test_a_few_pairs_are_all_opened_before_a_run(rows, tmp_path):
+    broken = [{"image": f"missing-{number}.png", "caption": "lost"} for number in range(2)]
+    source = open_source(write_rows(tmp_path / "pairs.jsonl", [*rows[:6], *broken]))
+    refuses("2 of the 8 pairs .*missing-0.png", refuse_broken, source, 0.24)
+    refuse_broken(source, 0.26)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from declip.data.sources.open import download, open_source
 from declip.errors import UserError
 from declip_sets import fetch
+from declip_sets.drawing import fill_square
 from declip_sets.fetch import DebianPackage, NpmPackages, Package
 from declip_sets.pictures import (
     COLOR,
@@ -291,3 +293,10 @@ def test_a_package_of_debian_is_found_or_fetched_without_root(tool, tmp_path, mo
         expected = Package(tmp_path / SMALL.data, "of Debian", [])
         assert packages == {SMALL.name: expected}
     assert len(asked) == 2
+
+
+def test_a_drawing_fills_the_width_of_its_square_and_keeps_its_shape():
+    page = Image.new("RGB", (60, 50), "white")
+    page.paste("black", (10, 20, 50, 30))  # 40 x 10
+    dark = fill_square(page, 40).mean(axis=2) < 128
+    assert (dark.any(axis=0).sum(), dark.any(axis=1).sum()) == (40, 10)
