@@ -26,7 +26,7 @@ from declip.io import pool, progress
 from declip.io.atomic import (
     atomic_write,
     cache_folder,
-    locked_folder,
+    locked_for,
     remove,
     save_tensors,
     write_text,
@@ -141,10 +141,10 @@ def test_file_systems_without_locks(cache, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("fcntl.flock", flock)
-    given = cache / "out", "marker", "choose another"
+    given = cache / "out", cache / ".lock", "choose another"
     for _ in range(2):
-        with locked_folder(*given):
-            refuses("choose another", locked_folder(*given).__enter__)
+        with locked_for(*given):
+            refuses("choose another", locked_for(*given).__enter__)
     assert clear_cache("features") == 4_000
     assert hold(cache / "features/a") is None
 

@@ -133,20 +133,6 @@ def _runs(process: str) -> bool:
 
 
 @contextmanager
-def locked_folder(folder: Path, marker: str, elsewhere: str) -> Iterator[Path]:
-    """Create and lock a folder for this process; one with other content, without the file `marker`, is refused."""
-    with _user_errors(folder, elsewhere):
-        folder.mkdir(parents=True, exist_ok=True)
-        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if others and marker not in others:
-        raise UserError(f"'{folder}' already has other files, such as '{others[0]}'; {elsewhere}.")
-    with locked_for(folder, folder / ".lock", elsewhere):
-        for left in folder.glob(".*.partial"):
-            remove(left)
-        yield folder
-
-
-@contextmanager
 def locked_for(target: Path, lock: Path, elsewhere: str, timeout: float = 0) -> Iterator[None]:
     """Hold a lock while `target` is written; raises `UserError` if another process holds it after `timeout` seconds."""
     with ExitStack() as stack:
