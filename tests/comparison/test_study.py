@@ -227,3 +227,17 @@ def test_tuning_takes_the_most_pairs_and_one_seed_and_warns_at_either_edge(monke
     assert (trials.budget, len(trials.variants), out) == ("samples", 9, "out-tuning")
     edges = [line for line in caplog.messages if "at the edge of the grid" in line]
     assert [line.partition(":")[0] for line in edges] == ["clip", "slip"]
+
+
+def test_a_study_keeps_the_file_of_losses_that_a_later_call_brings(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("TERMS = {'first': 1}", encoding="utf-8")
+    _write(STUDY, tmp_path)
+    with_losses = extended(STUDY.with_terms(file), tmp_path)
+    assert with_losses.terms == {"first": 1}
+    (tmp_path / "study.json").write_text(json.dumps(with_losses.to_dict()), encoding="utf-8")
+    kept = extended(STUDY, tmp_path)  # a call without them
+    assert (kept.terms, kept.terms_file) == ({}, with_losses.terms_file)
+    file.write_text("TERMS = {'first': 2}", encoding="utf-8")
+    changed = STUDY.with_terms(file)
+    refuses(r"losses were own.py \(\w+\), now own.py \(\w+\)", extended, changed, tmp_path)
