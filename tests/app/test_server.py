@@ -168,7 +168,7 @@ def test_a_foreign_page_can_send_and_load_nothing_but_the_user_may_follow_a_link
 
 
 def test_a_failure_of_ours_says_nothing_of_its_inside(state, monkeypatch):
-    monkeypatch.setattr(state.index, "nearest", {"a secret": 1})  # a call of it fails
+    monkeypatch.setattr(state.index, "hits", {"a secret": 1})  # a call of it fails
     with ask(state, raise_server_exceptions=False) as client:
         answer = client.get("/api/search?text=a")
     assert (answer.status_code, "content-security-policy" in answer.headers) == (500, True)
@@ -225,9 +225,7 @@ def test_an_image_finds_the_index_hits_and_the_balance_moves_to_the_text(client,
     vector = upload(client, draw("green", "bar"))
     found = search(client, vector=vector)
     assert ids(found) == [hit.id for hit in state.index.search(image=draw("green", "bar"), k=24)]
-    assert next(
-        hit["cosine"] for hit in found["hits"] if hit["key"] == "green-bar.png"
-    ) == pytest.approx(1, abs=1e-3)
+    assert found["hits"][0]["cosine"] == pytest.approx(1, abs=1e-3)
     assert ids(search(client, id=ids(found)[0]))[0] == ids(found)[0]
     by_text = search(client, text="a red circle")
     for weight, alone in ((0, found), (1, by_text)):
@@ -259,7 +257,20 @@ def test_probabilities_are_the_softmax_of_the_scaled_cosines(client, state):
     assert search(client, id=0, classes=["bar", "circle"], template="imagenet")["classes"]
 
 
+def test_a_page_filters_and_groups_by_columns(client, state):
+    column, _ = state.index.column_names[:2]
+    cell = state.index.column(column)[5][0]
+    assert ids(search(client, text="red", where=f"{column}={cell}")) == [5]
+    options = {"k": 24, "group": column}
+    expected = [len(hit.copies) for hit in state.index.search("red", **options)]
+    assert [hit["copies"] for hit in search(client, text="red", group=column)["hits"]] == expected
+    assert column in client.get("/search").text
+
+
 WRONG = (
+    ({"text": "a", "where": "shape"}, "COLUMN=VALUE"),
+    ({"text": "a", "where": "shape=x"}, "shape"),
+    ({"text": "a", "group": "shape"}, "shape"),
     ({"text": " "}, "choose an image"),
     ({"text": "x" * 2_001}, "text"),
     ({"text": "a", "count": 0}, "count"),

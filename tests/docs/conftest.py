@@ -112,6 +112,14 @@ def write_tables(folder, name, source):
             writer.writerows(lines)
 
 
+def write_products(folder):
+    """Write products.csv: two pictures of each product, in two colors."""
+    lines = ["image,caption,product,color"]
+    for number, file in enumerate(sorted((folder / "pictures").iterdir())[:8]):
+        lines.append(f"pictures/{file.name},a shoe,{number // 2},{('red', 'blue')[number % 2]}")
+    (folder / "products.csv").write_text("\n".join(lines), encoding="utf-8")
+
+
 def write_data(folder, pictures):
     """Write what the pages have in /data: shards, images, pets with enough for a probe, some ImageNet classes."""
     folder.mkdir()
@@ -152,6 +160,7 @@ def write_world(folder, emoji_cache):
         write_tables(folder, "pairs", "builtin:emoji")
         write_tables(folder, "heldout", "builtin:emoji-test")
         write_tables(folder, "validation", "builtin:emoji-validation")
+        write_products(folder)
         write_data(folder / "data", folder / "pictures")
         draw(COLORS[0], SHAPES[0]).save(folder / "photo.jpg")
         runs = folder / "runs"

@@ -54,7 +54,10 @@ def test_an_index_is_searched_and_updated(saved):
     expected = json.loads((saved / "expected.json").read_text())["hits"]
     index = declip.Index(saved / "index", model=saved / "run")
     for over, hits in expected.items():
-        found = [(hit.key, hit.score) for hit in index.search("a red square", k=3, over=over)]
+        found = [
+            (hit.key, hit.score)
+            for hit in index.search("a red square", k=3, over=over, copies=True)
+        ]
         assert [key for key, _ in found] == [key for key, _ in hits]
         assert [score for _, score in found] == pytest.approx(
             [score for _, score in hits], abs=1e-5

@@ -175,7 +175,19 @@ def test_embed_search_and_look_after(weights_file, folder, tmp_path, command):
     assert "24 images, 16 numbers each in float32" in made.out
 
     found, drawn = tmp_path / "found.json", tmp_path / "found.png"
-    search = ["search", index, "--image", query, "-k", 3, "--json", found, "--contact-sheet", drawn]
+    search = [
+        "search",
+        index,
+        "--image",
+        query,
+        "-k",
+        3,
+        "--copies",
+        "--json",
+        found,
+        "--contact-sheet",
+        drawn,
+    ]
     assert command(*search).out.splitlines()[1].split()[1:3] == ["1.000", "red-bar.png"]
     hits = json.loads(found.read_text())["hits"]
     assert (hits[0]["key"], hits[0]["path"], len(hits)) == ("red-bar.png", str(query), 3)

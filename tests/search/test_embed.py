@@ -71,7 +71,7 @@ def test_an_index_in_another_precision_is_searched_and_updated(
     index = declip.embed(weights_file, folder, out=tmp_path / "index", device="cpu")
     assert index.info.precision == "bf16"
     found = declip.Index.open(tmp_path / "index", device="cpu").search(
-        image=folder / "red-bar.png", k=24
+        image=folder / "red-bar.png", k=24, copies=True
     )
     (own,) = (hit.score for hit in found if hit.key == "red-bar.png")
     assert own == pytest.approx(1.0, abs=1e-3)

@@ -42,11 +42,11 @@ def test_search_by_text_image_and_both(made, model, folder):
         image = model.encode_image(model.preprocess([query_image]))[0].double().numpy()
     both = 0.7 * text + 0.3 * image
     for hits, query in (
-        (made.search("a red bar", k=5), text),
-        (made.search(image=folder / "red-bar.png", k=5), image),
-        (made.search(query_image, k=5), image),
+        (made.search("a red bar", k=5, copies=True), text),
+        (made.search(image=folder / "red-bar.png", k=5, copies=True), image),
+        (made.search(query_image, k=5, copies=True), image),
         (
-            made.search("a red bar", query_image, weights=(0.7, 0.3), k=5),
+            made.search("a red bar", query_image, weights=(0.7, 0.3), k=5, copies=True),
             both / np.linalg.norm(both),
         ),
     ):
@@ -55,7 +55,7 @@ def test_search_by_text_image_and_both(made, model, folder):
         np.testing.assert_allclose(
             [hit.score for hit in hits], [score for _, score in expected], atol=1e-5
         )
-    found = made.search(image=query_image, k=4)
+    found = made.search(image=query_image, k=4, copies=True)
     assert found[0].key == "red-bar.png"
     assert made.nearest(made.vectors([found[0].id]), 4)[0][0].tolist() == [hit.id for hit in found]
     torch.testing.assert_close(
@@ -106,7 +106,7 @@ class Copies(PairSource):
 
 
 def test_of_several_images_with_the_key_the_first_is_read(made):
-    (hit,) = (hit for hit in made.search("red", k=24) if hit.key == "red-bar.png")
+    (hit,) = (hit for hit in made.search("red", k=24, copies=True) if hit.key == "red-bar.png")
     assert hit.index > 2
     assert Index.open(made.folder, source=Copies()).image(hit.id).getpixel((0, 0)) == (0, 0, 0)
 
@@ -216,7 +216,7 @@ def test_a_source_that_is_an_object_has_to_be_given_again(model, table, tmp_path
 
 
 def test_the_sheet_shows_what_was_found(made, folder):
-    hits = made.search(image=folder / "red-bar.png", k=9)
+    hits = made.search(image=folder / "red-bar.png", k=9, copies=True)
     drawn = search_sheet(
         Index.open(made.folder), hits, "like red-bar.png", Image.new("RGB", (50, 50), "lime")
     )
@@ -237,10 +237,12 @@ def test_a_sheet_of_images_that_are_gone_is_an_error(weights_file, folder, comma
         draw_to(tmp_path / "query.png"),
         "-k",
         2,
+        "--copies",
         "--contact-sheet",
         sheet,
     )
-    first, second = command(*search[:-2]).out, made.search(image=tmp_path / "query.png", k=2)[1].key
+    first = command(*search[:-2]).out
+    second = made.search(image=tmp_path / "query.png", k=2, copies=True)[1].key
     (folder / second).unlink()
     refused = command(*search)
     assert (refused.status, refused.out, sheet.exists()) == (2, first, False)

@@ -23,6 +23,7 @@ COMPARED = "demo-clip demo-slip data.source=pairs.csv --pairs 8 --dataset pairs.
 OUTPUTS = {
     "search --contact-sheet": "search index red",
     "search --json": "search index red",
+    "search --out": "search index red",
     "choose --out": "choose MODEL shapes",
     "choose --contact-sheet": "choose MODEL shapes --out new.csv",
     "classify --out": "classify MODEL shapes --classes red,blue",
@@ -83,7 +84,7 @@ def test_the_table_has_every_output():
 def test_a_file_of_the_user_stays(name, project, weights_file, command):
     words = OUTPUTS[name].replace("MODEL", str(weights_file)).split()
     option = [name.split()[-1]] if "--" in name else []
-    is_folder = name.endswith("--out") and name.split()[0] not in ("choose", "classify")
+    is_folder = name.endswith("--out") and name.split()[0] not in ("choose", "classify", "search")
     out = Path("mine" if is_folder else "mine.png" if name.endswith("sheet") else "mine.csv")
     written = out / "mine.csv" if is_folder else out
     written.parent.mkdir(exist_ok=True)
@@ -98,7 +99,7 @@ def test_a_file_of_the_user_stays(name, project, weights_file, command):
 
 
 COMMANDS = {
-    "search": "search index red --contact-sheet b.png --json hits.json",
+    "search": "search index red --contact-sheet b.png --json hits.json --out hits.csv",
     "choose": "choose MODEL shapes --contact-sheet a.png --out choose.csv",
     "classify": "classify MODEL shapes --examples labels.csv --save head --out x.csv",
     "evaluate": "evaluate MODEL --dataset pairs.csv --task retrieval --workers 0 --json result.json",

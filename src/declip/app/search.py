@@ -12,9 +12,10 @@ from declip.app.requests import ImageId, OneLine, Template, Text
 from declip.app.state import AppState
 from declip.errors import UserError
 from declip.evaluation.zero_shot import logit_scale, read_templates
-from declip.search.checks import read_classes
+from declip.search.checks import parse_where, read_classes
 from declip.search.index import mix
 from declip.search.info import Over
+from declip.search.language import language_note
 
 MOST_PROMPTS = 8_000  # classes times templates: all are encoded while the page waits
 
@@ -30,6 +31,8 @@ class SearchQuestion(BaseModel):
     count: int = Field(24, ge=1, le=200)
     over: Over = "images"
     classes: list[Annotated[str, OneLine]] = []
+    where: Annotated[str, OneLine] = ""  # COLUMN=VALUE
+    group: Annotated[str, OneLine] = ""
 
 
 def search(state: AppState, asked: SearchQuestion) -> dict[str, Any]:
@@ -43,9 +46,15 @@ def search(state: AppState, asked: SearchQuestion) -> dict[str, Any]:
         query = text if image is None else mix(text, image, (asked.weight, 1 - asked.weight))
     if query is None:
         raise UserError("Enter a text, or choose an image.")
-    ids, cosines = state.index.nearest(query[None], asked.count, over=asked.over)
-    hits = zip(state.describe(ids[0].numpy()), cosines[0].tolist(), strict=True)
-    answer["hits"] = [{**hit, "cosine": cosine} for hit, cosine in hits]
+    where = parse_where([asked.where] if asked.where else [])
+    with state.reading:  # the source, for its columns
+        hits = state.index.hits(
+            query, asked.count, over=asked.over, where=where, group=asked.group or None
+        )
+    answer["hits"] = []
+    for hit, row in zip(hits, state.describe([hit.id for hit in hits]), strict=True):
+        answer["hits"].append({**row, "cosine": hit.score, "copies": len(hit.copies)})
+    answer["note"] = language_note(asked.text, state.index.text_model)
     return {**answer, "images": len(state.index), "seconds": time.perf_counter() - started}
 
 

@@ -138,6 +138,7 @@ def _page(state: AppState, view: str, request: Request) -> Response:
     context |= {
         "template_sets": prompt_names(),
         "examples": _examples(state) if view == "search" else [],
+        "columns": state.index.column_names,
     }
     return TEMPLATES.TemplateResponse(request, f"{view}.html", context)
 

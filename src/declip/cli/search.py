@@ -23,7 +23,7 @@ from declip.cli.options import (
 )
 from declip.errors import UserError, check_installed
 from declip.io.atomic import csv_path
-from declip.io.outputs import check_outputs, png_path, result_json, write_output
+from declip.io.outputs import check_outputs, csv_table, png_path, result_json, write_output
 
 if TYPE_CHECKING:
     from declip.search.index import Hit
@@ -85,6 +85,20 @@ def search(
     template: Annotated[
         str | None, Option(help="name of a template set, or a template with {}")
     ] = None,
+    where: Annotated[
+        list[str] | None,
+        Option(
+            metavar="COLUMN=VALUE",
+            help="only images with this value in a column of their table; repeatable",
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        Option(metavar="COLUMN", help="one result for each value of a column of the table"),
+    ] = None,
+    copies: Annotated[
+        bool, Option("--copies", help="list near copies as results of their own")
+    ] = False,
     model: Annotated[
         str | None, Option(callback=known, help="new path of the model, if it was moved")
     ] = None,
@@ -93,16 +107,19 @@ def search(
     ] = None,
     device: opt.Device = "auto",
     precision: opt.Precision = "fp32",
+    out: Annotated[Path | None, file("also write the results as a table (.csv)")] = None,
     sheet_out: opt.SheetOut = None,
     json_out: opt.JsonOut = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Search an index by a text, an image, or both."""
     # --- checks that need no torch, whose import takes seconds
-    from declip.search.checks import read_query
+    from declip.search.checks import parse_where, read_query
     from declip.search.info import IndexInfo, is_index
 
-    check_outputs((png_path(sheet_out, "--contact-sheet"), json_out), overwrite)
+    table = None if out is None else csv_path(out)
+    check_outputs((table, png_path(sheet_out, "--contact-sheet"), json_out), overwrite)
+    wanted = parse_where(where or [])
     if text is not None and is_index(expand(text)) and not is_index(folder):
         raise UserError(
             f"'{text}' is an index and '{folder}' is not: the arguments look swapped. Give the index first: "
@@ -118,9 +135,13 @@ def search(
     from declip.search.index import Index
 
     opened = Index.open(folder, model=model, source=source, device=device, precision=precision)
-    hits = opened.search(words, picture, weights=both, template=template, k=k, over=over)
-    _print_hits(hits)
+    shown: dict[str, Any] = {"where": wanted, "group": group, "copies": copies}
+    hits = opened.search(words, picture, weights=both, template=template, k=k, over=over, **shown)
+    _print_hits(hits, group)
     # --- files
+    if table is not None:
+        _write_hits(table, hits, overwrite)
+        say(f"Written: {table}")
     if json_out is not None:
         query = {
             "index": str(folder),
@@ -128,7 +149,9 @@ def search(
             "image": None if image is None else str(image),
             "weights": both,
         }
-        result = result_json({**query, "over": over, "hits": [hit.to_dict() for hit in hits]})
+        result = result_json(
+            {**query, **shown, "over": over, "hits": [hit.to_dict() for hit in hits]}
+        )
         say(f"Written: {write_output(json_out, result, '--json', overwrite)}")
     if sheet_out is not None:
         from declip.reports.sheets import search_sheet
@@ -139,17 +162,35 @@ def search(
         )
 
 
-def _print_hits(hits: "list[Hit]") -> None:
+def _print_hits(hits: "list[Hit]", group: str | None) -> None:
     from declip.io.text import sanitize
     from declip.reports.page import Table, rich_table
 
+    if not hits:
+        say("No results: no image has these values, or captions.")
+        return
+    header = ["", "cosine", "image", "caption"]
+    with_copies = any(hit.copies for hit in hits)
+    if with_copies:
+        header.append("near copies" if group is None else f"others of {group}")
     rows = []
     for number, hit in enumerate(hits, 1):
-        cells = (hit.key, "; ".join(hit.captions[:2]))
-        rows.append(
-            (str(number), f"{hit.score:.3f}", *(sanitize(cell, len(cell)) for cell in cells))
-        )
-    console.print(rich_table(Table("", ("", "cosine", "image", "caption"), tuple(rows), texts=4)))
+        texts = [hit.key, "; ".join(hit.captions[:2])]
+        cells = [str(number), f"{hit.score:.3f}", *(sanitize(text, len(text)) for text in texts)]
+        if with_copies:
+            cells.append(f"+ {len(hit.copies):,}" if hit.copies else "")
+        rows.append(tuple(cells))
+    console.print(rich_table(Table("", tuple(header), tuple(rows), texts=len(header))))
+
+
+def _write_hits(path: Path, hits: "list[Hit]", overwrite: bool) -> None:
+    """Write hits as a table that a spreadsheet opens."""
+    from declip.io.text import plain_cell
+
+    with csv_table(path, ("rank", "cosine", "image", "caption", "copies"), overwrite) as table:
+        for number, hit in enumerate(hits, 1):
+            texts = (hit.key, hit.caption, "; ".join(hit.copies))
+            table.writerow((number, f"{hit.score:.4f}", *map(plain_cell, texts)))
 
 
 @reads_images

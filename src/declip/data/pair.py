@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from declip.errors import UserError
+from declip.errors import UserError, unknown
 from declip.io.text import percent, sanitize
 
 # Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have five,
@@ -113,6 +113,7 @@ class PairSource(ABC):
     other_splits: Mapping[str, Callable[[], PairSource]] = MappingProxyType({})
     group_column: str | None = None  # where `group` reads what pairs share
     captions_from: str = ""  # the columns and templates of captions, for messages
+    column_names: Sequence[str] = ()  # the columns of a table, each of which `column` reads
     blocks: np.ndarray | None = None  # (shards,) int64, the number of pairs of each shard, in order
     remote: bool = False  # whether shards have to be fetched
 
@@ -134,6 +135,14 @@ class PairSource(ABC):
     def group(self, index: int) -> int:
         """A number shared by pairs that show the same thing; 0 if unknown."""
         return 0
+
+    def column(self, name: str) -> list[tuple[str, ...]]:
+        """The cells of a column as text, of each pair those of its rows; raises `UserError` without it."""
+        if not self.column_names:
+            raise UserError(
+                f"'{self.name}' has no column '{name}': it is not a table. Embed a table of the images."
+            )
+        raise unknown("column", name, map(printable, self.column_names))
 
     def other_columns(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """By each column of a table that is not read, its cells of some pairs as numbers, (n,) int64; 0 if empty."""

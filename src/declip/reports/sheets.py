@@ -48,7 +48,10 @@ def search_sheet(
         left, top = MARGIN + column * (SIDE + GAP), MARGIN + HEAD + row * CELL
         _paste(paper, pen, _read(index, hit), left, top, SIDE)
         caption = sanitize(f"{hit.score:.3f}  {hit.caption or hit.key}")
-        lines = wrap(caption, LETTERS, max_lines=LINES, placeholder="…")
+        most = LINES - bool(hit.copies)
+        lines = wrap(caption, LETTERS, max_lines=most, placeholder="…")
+        if hit.copies:
+            lines.append(f"and {len(hit.copies):,} more")
         pen.text((left, top + SIDE + 5), "\n".join(lines), INK, small, spacing=2)
     return paper
 

@@ -84,3 +84,14 @@ def read_query(
             f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3."
         )
     return text, None if image is None else read_picture(image)
+
+
+def parse_where(given: Sequence[str]) -> dict[str, list[str]]:
+    """Read texts COLUMN=VALUE: the values that are accepted, by column."""
+    wanted: dict[str, list[str]] = {}
+    for text in given:
+        column, sign, value = text.partition("=")
+        if not column.strip() or not sign:
+            raise UserError(f"'{text}' is not a condition. Give COLUMN=VALUE, such as color=red.")
+        wanted.setdefault(column.strip(), []).append(value)
+    return wanted

@@ -1,5 +1,6 @@
 """An index of images: searched by text, by image or both."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,10 +30,13 @@ from declip.models.precision import Precision, convert
 from declip.search.checks import read_query
 from declip.search.class_words import add_classes
 from declip.search.info import Dtype, Over
+from declip.search.language import language_note
 from declip.search.parquet import index_parquet
+from declip.search.ranking import NEAR_COPY, Where, distinct, matching
 from declip.search.store import IndexedImage, open_index
 from declip.search.writer import describe_model
 
+log = logging.getLogger("declip")
 MOST = 10_000  # maximum number of results of a search
 ROWS = 8_192  # vectors whose products are kept at a time
 BLOCK_BYTES = (
@@ -45,6 +49,7 @@ class Hit(IndexedImage):
     """A search result: an image, and the cosine of its vector and the query."""
 
     score: float
+    copies: tuple[str, ...] = ()  # keys of its near copies, and of others of its group, best first
 
     def to_dict(self) -> dict[str, Any]:
         """The hit as plain data."""
@@ -54,6 +59,7 @@ class Hit(IndexedImage):
             "key": self.key,
             "score": self.score,
             "captions": list(self.captions),
+            "copies": list(self.copies),
         }
         return {**shown, "index": self.index, **origin}
 
@@ -85,6 +91,7 @@ class Index:
         self.folder = Path(folder).expanduser()
         self._model_given, self._source_given = folder_or_name(model), source
         self._device, self._precision = device, precision
+        self._columns: dict[str, list[tuple[str, ...]]] = {}  # that were read
         self.info, self._store = open_index(self.folder)
 
     @classmethod
@@ -164,6 +171,8 @@ class Index:
         if words:
             templates = ["{}"] if template is None else read_templates(template)[1]
             vector = class_features(self.text_model, [words], templates)[0]
+            if note := language_note(words, self.text_model):
+                log.warning(note)
             vectors.append(add_classes(vector, words, self.text_model, lambda: self.model))
         if picture is not None:
             with eval_mode(self.model):
@@ -180,8 +189,11 @@ class Index:
         template: str | None = None,
         k: int = 10,
         over: Over = "images",
+        where: Where | None = None,
+        group: str | None = None,
+        copies: bool = False,
     ) -> list[Hit]:
-        """Find images by a text, an image, or both.
+        """Find images by a text, an image, or both. Near copies (cosine above 0.99) are one hit.
 
         Args:
             text: A text, or an image, which is the same as `image`.
@@ -189,16 +201,51 @@ class Index:
             weights: Weights of text and image in their sum; a negative weight searches for images unlike it.
             template: A template with ``{}`` for the text, or the name of a template set, whose vectors are averaged.
             over: "images" compares with the vectors of the images, "captions" with those of their captions.
+            where: Only images whose table has these values: a value, or several, by column.
+            group: Column of the table; images with the same value in it are one hit.
+            copies: Whether near copies are hits of their own, such as for a model that tells images poorly apart.
 
         Returns:
-            The `k` nearest images, the best first.
+            The `k` best hits, the best first; `Hit.copies` names the images that it stands for.
         """
         check_range("k", k, 1, MOST)
-        ids, scores = self.nearest(
-            self.query(text, image, weights, template)[None], k, over=over
-        )  # (1, k') each
-        rows = zip(self.rows(ids[0].numpy()), scores[0].tolist(), strict=True)
-        return [Hit(**vars(row), score=score) for row, score in rows]
+        query = self.query(text, image, weights, template)
+        return self.hits(query, k, over=over, where=where, group=group, copies=copies)
+
+    def hits(
+        self,
+        query: Tensor,
+        k: int = 10,
+        *,
+        over: Over = "images",
+        where: Where | None = None,
+        group: str | None = None,
+        copies: bool = False,
+    ) -> list[Hit]:
+        """As `search`, by the vector (d,) of a query."""
+        vectors = torch.from_numpy(self._store.matrix(over))
+        ids = torch.from_numpy(self.ids)
+        if where:
+            ids = torch.from_numpy(matching({name: self.column(name) for name in where}, where))
+            vectors = vectors[ids]
+        groups = None if group is None else [cells[0] for cells in self.column(group)]
+        # --- all images, the best first; those without captions have vectors of zeros
+        scores = products(query[None], vectors)[0]  # (n,)
+        if over == "captions":
+            scores.masked_fill_(~vectors.any(1), -torch.inf)
+        order = scores.argsort(descending=True, stable=True)
+        order = order[: int(scores.isfinite().sum())]
+        # --- near copies, and images of one group, as one hit
+        ranked, images = ids[order], torch.from_numpy(self._store.matrix("images"))
+        found = distinct(ranked, images, k, groups, 2.0 if copies else NEAR_COPY)
+        positions = [position for hit in found for position in hit]
+        rows = dict(zip(positions, self.rows(ranked[positions].numpy()), strict=True))
+        hits = []
+        for first, *others in found:
+            alike = tuple(rows[position].key for position in others)
+            score = float(scores[order[first]])
+            hits.append(Hit(**vars(rows[first]), score=score, copies=alike))
+        return hits
 
     def nearest(self, queries: Tensor, k: int, *, over: Over = "images") -> tuple[Tensor, Tensor]:
         """Find ids (n, k') int64 and cosines (n, k') float32 nearest to vectors (n, d) of length 1, the best first."""
@@ -216,6 +263,26 @@ class Index:
         # Images without captions have vectors of zeros among those of captions.
         ids, vectors = torch.from_numpy(self.ids), torch.from_numpy(self._store.matrix(over))
         return nearest(queries, ids, vectors, k, skip_zeros=over == "captions")
+
+    @property
+    def column_names(self) -> Sequence[str]:
+        """The columns of the source's table; none if it is no table, or is no longer there."""
+        try:
+            return self._source.source.column_names
+        except UserError:
+            return ()
+
+    def column(self, name: str) -> list[tuple[str, ...]]:
+        """Read a column of the source's table: the cells of each image in the order of `ids`.
+
+        An image that is in several rows of the table has several cells.
+        """
+        if name not in self._columns:
+            cells = self._source.source.column(name)
+            indices = self._store.column("index").to_pylist()
+            places = map(self._locate, self.keys(), indices)
+            self._columns[name] = [cells[place] for place in places]
+        return self._columns[name]
 
     def row(self, id: int) -> IndexedImage:
         """An image's key, captions and origin; raises `UserError` for an unknown id."""
@@ -244,19 +311,24 @@ class Index:
 
     def image(self, id: int) -> Image.Image:
         """Read an image from the source, RGB and upright; raises `UserError` if there is no such image any more."""
-        # By the row's key, among what the source itself lists: no path in the index is ever opened.
         row, source = self.row(id), self._source
-        index = row.index
-        if index >= len(source) or source.key(index) != row.key:  # the source has changed since
-            index = self._indices.get(row.key, -1)
-        if index < 0:
-            raise UserError(f"'{printable(row.key)}' is no longer in '{source.name}'.")
+        index = self._locate(row.key, row.index)
         try:
             return source[index].image
         except BrokenPair as broken:
             raise UserError(
                 f"The image '{printable(row.key)}' cannot be read any more: {broken}."
             ) from broken
+
+    def _locate(self, key: str, index: int) -> int:
+        """The index of an image in the current source; raises `UserError` if it has no such image."""
+        # By the row's key, among what the source itself lists: no path in the index is ever opened.
+        source = self._source
+        if index < len(source) and source.key(index) == key:
+            return index
+        if key not in self._indices:  # the source has changed since
+            raise UserError(f"'{printable(key)}' is no longer in '{source.name}'.")
+        return self._indices[key]
 
     def summary(self) -> str:
         """The contents of the index, and what was left out, a line each."""
@@ -289,6 +361,20 @@ class Index:
         return {self._source.key(index): index for index in reversed(range(len(self._source)))}
 
 
+def products(queries: Tensor, vectors: Tensor) -> Tensor:
+    """Products (n, m) of queries (n, d) float32 and vectors (m, d) of any float type, in float32."""
+    n, d = queries.shape
+    rows = max(1, BLOCK_BYTES // (4 * d))
+    buffer = torch.empty(rows, d)
+    scores = torch.empty(n, len(vectors))
+    for start in range(0, len(vectors), rows):
+        piece = vectors[start : start + rows]
+        if piece.dtype != torch.float32:
+            piece = buffer[: len(piece)].copy_(piece)
+        scores[:, start : start + rows] = queries @ piece.T
+    return scores
+
+
 def nearest(
     queries: Tensor, ids: Tensor, vectors: Tensor, k: int, skip_zeros: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -303,18 +389,10 @@ def nearest(
     vectors (m, d) of any float type. Returns ids and scores, (n, k'), the best first, where k' is `k` or the number of
     vectors if that is smaller.
     """
-    n, d = queries.shape
-    rows = max(1, BLOCK_BYTES // (4 * d))
-    buffer = torch.empty(rows, d)
+    n = len(queries)
     best_ids, best = torch.empty(n, 0, dtype=torch.int64), torch.empty(n, 0)
     for own, block in zip(ids.split(ROWS), vectors.split(ROWS), strict=True):
-        # --- products, (n, rows of the block)
-        scores = torch.empty(n, len(block))
-        for start in range(0, len(block), rows):
-            piece = block[start : start + rows]
-            if piece.dtype != torch.float32:
-                piece = buffer[: len(piece)].copy_(piece)
-            scores[:, start : start + rows] = queries @ piece.T
+        scores = products(queries, block)  # (n, rows of the block)
         if skip_zeros:
             scores.masked_fill_(~block.any(1), -torch.inf)
         # --- the best of the block

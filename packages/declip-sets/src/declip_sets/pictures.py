@@ -217,6 +217,8 @@ class BuiltinSource(PairSource):
         table, self._images = origin.read(origin.folder(cache))
         selection = origin.select(split, table)
         self.rows = selection.rows
+        texts = [name for name, cell in self.rows[0].items() if isinstance(cell, str)]
+        self.column_names = tuple(texts)
         credits = dict.fromkeys(origin.credit(row) for row in self.rows)
         self.credit = "; ".join(credits)
         if selection.column:
@@ -248,6 +250,11 @@ class BuiltinSource(PairSource):
 
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(self.rows[index]["captions"])
+
+    def column(self, name: str) -> list[tuple[str, ...]]:
+        if name not in self.column_names:
+            return super().column(name)
+        return [(row[name],) for row in self.rows]
 
     def __reduce__(self) -> tuple[type["BuiltinSource"], tuple[object, ...]]:
         return type(self), self._arguments  # the images stay in the file, shared by processes

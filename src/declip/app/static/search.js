@@ -10,6 +10,7 @@ const template = () => (find("template").value === "own" ? find("own").value : f
 function clear() {
   number++;
   find("hits").replaceChildren();
+  find("note").textContent = "";
   find("classified").hidden = true;
 }
 
@@ -21,7 +22,7 @@ async function run() {
     return say("Enter a text, or choose an image.", "bad");
   }
   const mine = ++number;
-  const asked = { text, ...image, template: template(), over: find("over").value, weight: Number(find("balance").value) };
+  const asked = { text, ...image, template: template(), over: find("over").value, where: find("where")?.value.trim() || "", group: find("group")?.value || "", weight: Number(find("balance").value) };
   const classes = hasImage() ? find("classes").value.split("\n").filter((name) => name.trim()) : [];
   say("Searching …", "busy");
   try {
@@ -34,9 +35,17 @@ async function run() {
   }
 }
 
-function show({ hits, images, seconds, classes, scale }, { text, id, template, over, weight }) {
-  find("hits").replaceChildren(...hits.map((hit) => card(hit, { facts: [`cosine ${hit.cosine.toFixed(3)}`, ...(hit.captions.length ? [hit.key] : [])] })));
-  const nearest = hits.length ? `The nearest ${hits.length} of ${count(images, "image")}, in ${seconds.toFixed(2)} s` : "No results: no image has a caption.";
+function facts(hit, group) {
+  const lines = [`cosine ${hit.cosine.toFixed(3)}`];
+  if (hit.captions.length) lines.push(hit.key);
+  if (hit.copies) lines.push(`and ${group ? `${hit.copies} more of this ${group}` : count(hit.copies, "near copy", "near copies")}`);
+  return lines;
+}
+
+function show({ hits, images, seconds, classes, scale, note }, { text, id, template, over, weight, where, group }) {
+  find("hits").replaceChildren(...hits.map((hit) => card(hit, { facts: facts(hit, group) })));
+  find("note").textContent = note;
+  const nearest = hits.length ? `The nearest ${hits.length} of ${count(images, "image")}, in ${seconds.toFixed(2)} s` : "No results: no image has a caption, or this value.";
   find("classified").hidden = !classes;
   if (classes) {
     find("bars").replaceChildren(...classes.slice(0, 100).map((row) => bar(row.name, `cosine ${row.cosine.toFixed(3)}`, row.probability)));
@@ -45,7 +54,7 @@ function show({ hits, images, seconds, classes, scale }, { text, id, template, o
   }
   say(classes ? `Most likely: ${classes[0].name}, ${percent(classes[0].probability)}. ${nearest}` : nearest);
   // --- the address, unless the image is a file
-  const parameters = { text, id, weight: text && id !== null ? weight : "", template: text ? template : "", over };
+  const parameters = { text, id, weight: text && id !== null ? weight : "", template: text ? template : "", over, where, group };
   const address = new URL(location);
   address.search = image.vector ? "" : new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== "" && value !== null));
   history.replaceState(null, "", address);
@@ -134,6 +143,7 @@ find("classes").value = sessionStorage.classes || "";
 find("template").value = named.includes("{}") ? "own" : named;
 if (named.includes("{}")) find("own").value = named;
 showOwn();
+for (const id of ["where", "group"]) if (find(id)) find(id).value = given.get(id) || "";
 find("balance").value = given.get("weight") ?? 0.5;
 if (given.get("over") === "captions" && find("over").options.length > 1) find("over").value = "captions";
 if (/^\d+$/.test(given.get("id") || "")) {

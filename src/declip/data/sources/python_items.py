@@ -14,7 +14,7 @@ from declip.data.columns import DEFAULT, Columns, MissingColumns
 from declip.data.images.decode import AnyImage, image_below, is_pixels
 from declip.data.pair import BrokenPair, Origin, printable
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.rows import by_lower_name, cell_name
+from declip.data.sources.rows import by_lower_name, cell_name, label_text
 from declip.data.sources.subset import COLUMN, NUMBER_OF, indices_by_split, split_numbers
 from declip.data.sources.table import Captions, find_columns, group_number, read_captions
 from declip.errors import UserError
@@ -63,6 +63,7 @@ class ItemSource(EntrySource):
         item = self._first()
         self._split = by_lower_name(list(item)).get(COLUMN) if _is_row(item) else None
         if _is_row(item):
+            self.column_names = list(item)
             self._image, self._captions, self.group_column = find_columns(
                 list(item), columns, self.name
             )
@@ -81,6 +82,11 @@ class ItemSource(EntrySource):
 
     def group(self, index: int) -> int:
         return group_number(self._cell(index, self.group_column)) if self.group_column else 0
+
+    def column(self, name: str) -> list[tuple[str, ...]]:
+        if name not in self.column_names:
+            return super().column(name)
+        return [(label_text(self._cell(index, name)),) for index in range(len(self))]
 
     def splits(self) -> dict[str, np.ndarray]:
         """Those that the key "split" names; they would have to be read with the pixels where the items are no list."""

@@ -57,6 +57,16 @@ class DerivedSource(PairSource):
         source, inner = self.locate(index)
         return source.group(inner)
 
+    def column(self, name: str) -> list[tuple[str, ...]]:
+        columns = dict[int, list[tuple[str, ...]]]()  # by source
+        cells = []
+        for index in range(len(self)):
+            source, inner = self.locate(index)
+            if id(source) not in columns:
+                columns[id(source)] = source.column(name)
+            cells.append(columns[id(source)][inner])
+        return cells
+
     def other_columns(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         located = [self.locate(index) for index in indices]
         sources = {
@@ -86,6 +96,7 @@ class Subset(DerivedSource):
             source.group_column,
         )
         self.captions_from = source.captions_from
+        self.column_names = source.column_names
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -139,6 +150,7 @@ class Joined(DerivedSource):
             dict.fromkeys(filter(None, (each.captions_from for each in self.sources)))
         )
         self.name = " + ".join(source.name for source in self.sources)
+        self.column_names = self.sources[0].column_names
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -86,6 +86,7 @@ class TableSource(EntrySource):
         self._arguments = (path, columns)
         self.file = open_rows(path)
         path, names = self.file.path, self.file.columns
+        self.column_names = names
         self.name = path.name
         self.root = self.file.folder if columns.root is None else Path(columns.root).expanduser()
         self.confined = columns.root is not None
@@ -152,6 +153,20 @@ class TableSource(EntrySource):
             if self.group_column
             else 0
         )
+
+    def column(self, name: str) -> list[tuple[str, ...]]:
+        if list(self.column_names).count(name) != 1:
+            return super().column(name)
+        labels = label_names(self.file, name)
+        cells = list[str]()
+        for batch in self.file.read([name], labels=[name])[1]:
+            for cell in batch[name].to_pylist():
+                is_label = isinstance(cell, int) and 0 <= cell < len(labels)
+                cells.append(labels[cell] if is_label else label_text(cell))
+        pairs = []
+        for rows in self._pairs.to_pylist():
+            pairs.append(tuple(dict.fromkeys(cells[row] for row in rows)))
+        return pairs
 
     def other_columns(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         names = [

@@ -1,0 +1,136 @@
+"""Hits as a person sees them: near copies and groups as one, and filters by a table's column."""
+
+import csv
+import json
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import declip
+from conftest import draw, refuses
+from declip.search.ranking import NEAR_COPY, distinct, matching
+from indices import write_index
+
+
+def loop(ranking, vectors, k, groups, limit):
+    hits = []
+    for position, id in enumerate(ranking.tolist()):
+        owner = None
+        if groups and groups[id]:
+            same = [h for h in hits if any(groups[int(ranking[p])] == groups[id] for p in h)]
+            owner = same[0] if same else None
+        if owner is None:
+            close = [h for h in hits if vectors[ranking[h[0]]] @ vectors[id] > limit]
+            owner = close[0] if close else None
+        if owner is None:
+            if len(hits) == k:
+                break
+            hits.append([position])
+        else:
+            owner.append(position)
+    return hits
+
+
+@pytest.mark.parametrize("k", [1, 7, 400])
+@pytest.mark.parametrize("limit", [0.9, NEAR_COPY, 2.0])
+def test_hits_are_those_of_a_loop(k, limit):
+    torch.manual_seed(k)
+    vectors = normalize(torch.randn(700, 3), dim=-1)
+    ranking = torch.randperm(700)
+    names = ["", "", "a", "b", *map(str, range(150))]
+    groups = [names[n] for n in torch.randint(len(names), (700,)).tolist()]
+    for given in (None, groups):
+        found = distinct(ranking, vectors, k, given, limit)
+        assert found == loop(ranking, vectors, k, given, limit)
+
+
+def test_near_copies_are_one_hit_unless_they_are_asked_for(tmp_path):
+    near = normalize(torch.tensor([[1, 0, 0], [1, 0.1, 0], [1, 0.5, 0], [0, 1, 0]]), dim=-1)
+    index = write_index(tmp_path / "index", near)
+    hits = index.hits(near[1], 2)
+    assert [(hit.key, hit.copies) for hit in hits] == [("key 1", ("key 0",)), ("key 2", ())]
+    assert hits[0].to_dict()["copies"] == ["key 0"]
+    assert [hit.key for hit in index.hits(near[1], 3, copies=True)] == ["key 1", "key 0", "key 2"]
+    assert index.nearest(near[1:2], 3)[0].tolist() == [[1, 0, 2]], "vectors are ranked as they are"
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ({"color": "rot"}, [0, 3]),
+        ({"color": ["rot", "gru\u0308n"]}, [0, 1, 3]),  # an umlaut of two code points
+        ({"color": "rot", "size": "1,5"}, [3]),
+        ({"size": ""}, [2]),
+        ({"size": "7"}, [0, 1]),
+    ],
+)
+def test_images_with_a_value_in_each_column(where, expected):
+    columns = {
+        "color": [("rot",), ("grün",), ("blau",), ("blau", " rot ")],
+        "size": [("7",), ("7",), ("",), ("1,5",)],
+    }
+    assert matching({name: columns[name] for name in where}, where).tolist() == expected
+
+
+@pytest.fixture
+def products(weights_file, tmp_path):
+    """An index of a table with columns, in the working folder."""
+    lines = ["image,caption,product,note"]
+    for name, product in (("red", 1), ("green", 1), ("blue", 2), ("yellow", 2), ("black", "")):
+        draw(name, "circle").save(tmp_path / f"{name}.png")
+        lines.append(f'{name}.png,a {name} circle,{product},"=1, {name}"')
+    (tmp_path / "products.csv").write_text("\n".join(lines))
+    declip.embed(weights_file, tmp_path / "products.csv", out=tmp_path / "index", workers=0)
+    return tmp_path
+
+
+def test_the_command_filters_groups_and_writes_a_table(products, command):
+    search = ["search", products / "index", "circle", "--copies"]
+    out, tree = products / "hits.csv", products / "hits.json"
+    done = command(*search, "--where", "product=1", "--where", "product=2", "--out", out)
+    assert (done.status, "black" in done.out) == (0, False), done.err
+    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    assert {row["image"] for row in rows} == {
+        f"{n}.png" for n in ("red", "green", "blue", "yellow")
+    }
+    done = command(*search, "--group", "product", "--json", tree)
+    assert "others of product" in done.out
+    result = json.loads(tree.read_text())
+    assert (result["group"], sorted(len(hit["copies"]) for hit in result["hits"])) == (
+        "product",
+        [0, 1, 1],
+    )
+    done = command(*search, "--where", "note==1, red")
+    assert (done.status, "red.png" in done.out, "green.png" in done.out) == (0, True, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--where", "produkt=1"], ["produkt", "product", "caption"]),
+        (["--where", "product=3"], ["product", "'3'", "1, 2"]),
+        (["--where", "product"], ["COLUMN=VALUE"]),
+        (["--where", "=1"], ["COLUMN=VALUE"]),
+        (["--group", "colour"], ["colour", "product"]),
+    ],
+)
+def test_a_column_or_value_that_is_not_there_is_an_error(options, told, products, command):
+    done = command("search", products / "index", "circle", *options)
+    assert (done.status, [part for part in told if part not in done.err]) == (2, []), done.err
+
+
+def test_images_without_a_table_have_no_columns(model, folder, tmp_path):
+    index = declip.embed(model, folder, out=tmp_path / "index", workers=0)
+    refuses(["'shapes'", "not a table"], index.search, "red", where={"color": "red"})
+    assert index.column_names == ()
+
+
+def test_a_column_follows_the_images_when_the_table_changes(products):
+    index = declip.Index.open(products / "index")
+    before = index.column("product")
+    lines = (products / "products.csv").read_text().splitlines()
+    (products / "products.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    assert declip.Index.open(products / "index").column("product") == before
+    (products / "products.csv").write_text("\n".join(lines[:3]))
+    refuses("no longer in", declip.Index.open(products / "index").column, "product")
