@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import refuses
+from declip.closed_form.related import class_neighbors
 from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Pairs, fit_heads
 from declip.interchange import starter
 from declip.interchange.classes import Classes, read_names, texts_digest
@@ -21,9 +22,10 @@ from declip.interchange.read import read, read_start
 from declip.interchange.timm_weights import LOGIT_SCALE, class_heads, complete, encode_texts
 from declip.models.hf_encoder import read_encoder
 from declip.models.layers import PROJECTIONS
+from declip.models.neighbors import INNER
 from declip.models.posteriors import PosteriorProjection
 from declip.recipe.starts import STARTS
-from interchange.towers import EXACT, add_neighbors, unprojected
+from interchange.towers import EXACT, unprojected
 from text_encoders import bert
 
 COUNT = 60
@@ -46,13 +48,15 @@ def test_projections_compare_as_the_closed_form_does():
     (heads,) = fit_heads(nothing, pairs, 1.0, (DEFAULT_FORM,))
     features = model.encode_text(model.tokenize(classes.names))
     images = torch.nn.functional.normalize(model.image_tower.proj(classes.rows), dim=-1)
+    exact = ClassPairs(classes.rows.double(), texts.double(), pairs.owners, classes.mean.double())
+    heads = heads._replace(neighbors=class_neighbors(heads, exact))
     expected = heads.similarities(classes.rows.double(), texts.double()).float()
     torch.testing.assert_close(images @ features.T, expected, atol=EXACT, rtol=0)
     assert float(expected.diagonal().mean()) > float(expected.mean()) + 0.1
     assert float(model.logit_scale.detach().exp()) == pytest.approx(LOGIT_SCALE)
     assert (model.preprocessor.size, model.recipe and model.recipe.embed_dim) == (
         64,
-        texts.shape[1],
+        texts.shape[1] + COUNT,
     )
 
 
@@ -91,12 +95,14 @@ def test_projections_do_not_depend_on_the_order_of_sums():
         classes, rows=classes.rows[order], names=tuple(classes.names[number] for number in order)
     )
     of_order, second = class_heads(classes, texts), class_heads(other, texts[order])
-    weight = second["image_tower.proj.weight"]
+    inner, back = f"image_tower.proj.{INNER}", order.argsort()
+    weight = second[f"{inner}weight"]
     width = weight.shape[1] - COUNT  # then a column for each class
-    second["image_tower.proj.weight"] = torch.cat(
-        [weight[:, :width], weight[:, width:][:, order.argsort()]], dim=1
-    )
-    second["image_tower.proj.classes"] = second["image_tower.proj.classes"][order.argsort()]
+    columns = [weight[:, :width], weight[:, width:][:, back]]
+    second[f"{inner}weight"] = torch.cat(columns, dim=1)
+    of_classes = (f"{inner}classes", *(f"{prefix}anchors" for prefix in PROJECTIONS))
+    for name in of_classes:
+        second[name] = second[name][back]
     for name, first in of_order.items():
         assert torch.equal(first, second[name]), name
         assert torch.equal(
@@ -104,15 +110,12 @@ def test_projections_do_not_depend_on_the_order_of_sums():
         )  # above the noise of 1e-14 of full-size towers
 
 
-@pytest.mark.parametrize("neighbors", [False, True])
 @pytest.mark.parametrize(
     ("format", "lacks"), [("safetensors", ""), ("open_clip", "class posteriors and neighbors")]
 )
-def test_formats_of_linear_projections_lack_the_rest(format, lacks, neighbors, tmp_path):
+def test_formats_of_linear_projections_lack_the_rest(format, lacks, tmp_path):
     model, pixels = complete(unprojected("timm-convnext")).build().eval(), torch.randn(2, 3, 64, 64)
-    weight = model.image_tower.proj.weight
-    if neighbors:
-        add_neighbors(model)
+    weight = model.image_tower.proj.projection.weight
     exported = export(model, format, tmp_path / "out")
     assert (exported.difference < 1e-5, lacks in exported.limits, bool(exported.limits)) == (
         True,

@@ -112,13 +112,15 @@ def unprojected(kind="conv", size=64, **changes):
 
 
 def add_neighbors(model, count=70, width=24):
-    """Let both projections of a model compare with known pairs, and its image tower with its classes."""
+    """Let both projections of a model compare with known pairs, and with its classes if it has some."""
     image, text = model.image_tower, model.text_tower
-    classes = len(image.proj.classes) if isinstance(image.proj, PosteriorProjection) else 0
+    sides = [image.proj, text.text_projection]
+    of_image, of_text = [getattr(side, "projection", side) for side in sides]
+    classes = len(of_image.classes) if isinstance(of_image, PosteriorProjection) else 0
     known = count + classes
-    axes = (model.recipe.embed_dim + known + classes, width)
-    image.proj = NeighborProjection(image.proj, known, image.pre_logits_width, axes)
-    text.text_projection = NeighborProjection(text.text_projection, known, text.width, axes)
+    axes = (len(of_image.weight) + known + classes, width)
+    image.proj = NeighborProjection(of_image, known, image.pre_logits_width, axes)
+    text.text_projection = NeighborProjection(of_text, known, text.width, axes)
     model.recipe = model.recipe.model_copy(update={"embed_dim": width})
     generator = torch.Generator().manual_seed(1)
     shared_axes = torch.randn(axes, generator=generator)

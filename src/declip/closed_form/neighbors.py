@@ -99,10 +99,10 @@ def leading_axes(rows: Tensor, seed: int = 0) -> Tensor:
     All directions, where they are no more.
     """
     if rows.shape[1] <= WIDTH:
-        return torch.eye(rows.shape[1])
+        return torch.eye(rows.shape[1]).to(rows)
     width = min(WIDTH, len(rows))
     start = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(seed))
-    axes = torch.linalg.qr(start).Q
+    axes = torch.linalg.qr(start.to(rows)).Q
     for _ in range(ITERATIONS):
         axes = torch.linalg.qr(rows.mT @ (rows @ axes)).Q
     return axes

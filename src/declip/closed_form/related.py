@@ -85,6 +85,19 @@ def _known_rows(heads: Heads, known: Neighbors, pairs: Pairs, classes: ClassPair
     return torch.cat([image_rows, text_rows])
 
 
+def class_neighbors(heads: Heads, classes: ClassPairs) -> Neighbors:
+    """Neighbors among classes alone, for the heads of a start without pairs, in their precision."""
+    # A classifier's rows are known up to a common vector, which softmax ignores.
+    centers = classes.rows - classes.rows.mean(dim=0)
+    names = mean_by_owner(classes.texts, classes.owners, len(centers))
+    images = Side(normalize(centers, dim=-1), classes.mean)
+    weights = torch.tensor([1.0, 0.0]).to(centers)
+    known = Neighbors(images, _text_side(names), 0, weights)
+    complete = heads._replace(neighbors=known)
+    rows = [complete.embed_images(centers + classes.mean), complete.embed_texts(names)]
+    return replace(known, axes=leading_axes(torch.cat(rows), SEED))
+
+
 def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neighbors:
     """Make neighbors of pairs, `MOST` at random, and of a classifier's classes; weights as usual."""
     count = len(pairs.images)

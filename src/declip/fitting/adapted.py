@@ -18,7 +18,7 @@ from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
 from declip.models.encoder import Complete, Preprocessing
 from declip.models.layers import PROJECTIONS
-from declip.models.neighbors import INNER, NeighborProjection
+from declip.models.neighbors import NeighborProjection, neighbor_tensors
 
 ROWS = 8_192  # images whose features are mapped at a time
 
@@ -149,8 +149,8 @@ class Adapted(Complete):
         if classifier is not None:
             image |= {"classes": classifier.rows.float(), "direction": classifier.direction.float()}
         if known is not None:
-            image = _with_neighbors(image, known.images, known)
-            text = _with_neighbors(text, known.texts, known)
+            image = neighbor_tensors(image, known.images, known)
+            text = neighbor_tensors(text, known.texts, known)
         tensors = {"logit_scale": self.logit_scale.float()}
         for prefix, own in zip(PROJECTIONS, (image, text), strict=True):
             for name, tensor in own.items():
@@ -171,10 +171,3 @@ class Adapted(Complete):
         if "bias" in own:
             own["bias"] = rows @ own["bias"]
         return own | {"weight": rows @ own["weight"]}
-
-
-def _with_neighbors(own: dict[str, Tensor], side: Any, known: Any) -> dict[str, Tensor]:
-    """The tensors of a projection as those of a `NeighborProjection`."""
-    inner = {f"{INNER}{name}": tensor for name, tensor in own.items() if name != "bias"}
-    extension = {"anchors": side.anchors, "mean": side.mean}
-    return {**inner, **extension, "weights": known.weights, "axes": known.axes}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from declip.closed_form.neighbors import Side
+from declip.closed_form.neighbors import Neighbors, Side
 from declip.models.posteriors import PosteriorProjection
 
 INNER = "projection."
@@ -75,6 +75,14 @@ class NeighborProjection(nn.Module):
         if isinstance(self.projection, nn.Linear):
             return self.projection
         return self.projection.linear()  # type: ignore[operator]
+
+
+def neighbor_tensors(own: Mapping[str, Tensor], side: Side, known: Neighbors) -> dict[str, Tensor]:
+    """The tensors of a projection of one side, `own`, as those of a `NeighborProjection`."""
+    assert known.axes is not None, "a saved model has as many dimensions as its axes"
+    inner = {f"{INNER}{name}": tensor for name, tensor in own.items() if name != "bias"}
+    extension = {"anchors": side.anchors, "mean": side.mean}
+    return {**inner, **extension, "weights": known.weights, "axes": known.axes}
 
 
 def matching_projection(usual: nn.Module, tensors: Mapping[str, Tensor], width: int) -> nn.Module:
