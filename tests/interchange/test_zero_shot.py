@@ -19,7 +19,13 @@ from declip.interchange import starter
 from declip.interchange.classes import Classes, read_names, texts_digest
 from declip.interchange.export import export
 from declip.interchange.read import read, read_start
-from declip.interchange.timm_weights import LOGIT_SCALE, class_heads, complete, encode_texts
+from declip.interchange.timm_weights import (
+    LOGIT_SCALE,
+    class_heads,
+    class_start,
+    complete,
+    encode_texts,
+)
 from declip.models.hf_encoder import read_encoder
 from declip.models.layers import PROJECTIONS
 from declip.models.neighbors import INNER
@@ -52,6 +58,8 @@ def test_projections_compare_as_the_closed_form_does():
     heads = heads._replace(neighbors=class_neighbors(heads, exact))
     expected = heads.similarities(classes.rows.double(), texts.double()).float()
     torch.testing.assert_close(images @ features.T, expected, atol=EXACT, rtol=0)
+    again = class_start(weights, texts).similarities(classes.rows, texts)
+    torch.testing.assert_close(again, expected, atol=EXACT, rtol=0)
     assert float(expected.diagonal().mean()) > float(expected.mean()) + 0.1
     assert float(model.logit_scale.detach().exp()) == pytest.approx(LOGIT_SCALE)
     assert (model.preprocessor.size, model.recipe and model.recipe.embed_dim) == (
