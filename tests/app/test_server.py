@@ -257,14 +257,18 @@ def test_probabilities_are_the_softmax_of_the_scaled_cosines(client, state):
     assert search(client, id=0, classes=["bar", "circle"], template="imagenet")["classes"]
 
 
-def test_a_page_filters_and_groups_by_columns(client, state):
+def test_a_page_filters_and_groups_by_columns(client, state, monkeypatch):
     column, _ = state.index.column_names[:2]
     cell = state.index.column(column)[5][0]
     assert ids(search(client, text="red", where=f"{column}={cell}")) == [5]
-    options = {"k": 24, "group": column}
-    expected = [len(hit.copies) for hit in state.index.search("red", **options)]
-    assert [hit["copies"] for hit in search(client, text="red", group=column)["hits"]] == expected
     assert column in client.get("/search").text
+    # The vectors of this model are all near copies, so that groups change nothing
+    asked = {}
+    monkeypatch.setattr(
+        state.index, "hits", lambda query, k, **options: asked.update(options) or []
+    )
+    search(client, text="red", group=column)
+    assert asked["group"] == column
 
 
 WRONG = (
