@@ -195,6 +195,7 @@ def test_wrong_names(given, message):
     refuses(message, declip.load, f"open_clip:{given}")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_torchscript_archive_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "program.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)

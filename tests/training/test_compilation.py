@@ -13,6 +13,9 @@ from declip.training.parallel import compile_blocks
 from declip.training.trainer import Trainer
 from training.starts import CONV, VIT, recipe_for
 
+# the tracer looks at the gradient of every tensor
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
 
 @pytest.fixture
 def counter():
