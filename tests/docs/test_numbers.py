@@ -78,15 +78,50 @@ def wins():
     return len(cells), first, tenth, linear
 
 
+def without_pairs(name, neighbors=True):
+    """R@1 and R@10 of held-out images by `builtin:lite2-minilm` alone."""
+    row = pick(
+        "few/neighbors-none.jsonl", start="builtin:lite2-minilm", set=name, neighbors=neighbors
+    )
+    return [mean(side) for side in zip(*row["fifths"], strict=True)]
+
+
 def readme():
-    """No pairs and all pairs of each set, by declip."""
-    rows = load("few/rivals.jsonl")
-    for name in {row["set"] for row in rows}:
+    """No pairs and all pairs of each set, by declip; of icons without neighbors."""
+    known = {row["set"] for row in load("few/neighbors.jsonl")}
+    for name in sorted({row["set"] for row in load("few/rivals.jsonl")}):
+        rows = load("few/neighbors.jsonl" if name in known else "few/rivals.jsonl")
         ours = [row for row in rows if (row["set"], row["method"]) == (name, "declip finetune")]
         most, held_out = max(row["pairs"] for row in ours), ours[0]["held_out"]
-        sides = [[row for row in ours if row["pairs"] == pairs] for pairs in (0, most)]
-        numbers = [mean(row[key] for row in side) for side in sides for key in ("r1", "r10")]
+        fitted = [row for row in ours if row["pairs"] == most]
+        start = [row for row in ours if row["pairs"] == 0]
+        numbers = [mean(row[key] for row in start) for key in ("r1", "r10") if start]
+        numbers = numbers or without_pairs(name)
+        numbers += [mean(row[key] for row in fitted) for key in ("r1", "r10")]
         yield f"{TITLES.get(name, name)}, {most:,} pairs, {held_out} held-out images", numbers
+
+
+NEIGHBOR_COLUMNS = (
+    *("declip finetune", "declip, without neighbors", "ASIF with classes", "ASIF"),
+    *("CSA with classes", "Procrustes"),
+)
+
+
+def neighbors():
+    """declip with and without neighbors, and the methods that reviewers name."""
+    cells = defaultdict(lambda: defaultdict(list))
+    for row in load("few/neighbors.jsonl"):
+        cells[row["set"], row["pairs"]][row["method"]].append((row["r1"], row["r10"]))
+    for name in {name for name, _ in cells}:
+        yield (
+            f"{TITLES.get(name, name)}, 0",
+            [*without_pairs(name), *without_pairs(name, neighbors=False)],
+        )
+    for (name, pairs), runs in cells.items():
+        numbers = []
+        for method in NEIGHBOR_COLUMNS:
+            numbers += map(mean, zip(*runs[method], strict=True))
+        yield f"{TITLES.get(name, name)}, {pairs:,}", numbers
 
 
 def whole():
@@ -325,6 +360,7 @@ TABLES = [
     keep,
     readme,
     rivals,
+    neighbors,
     demo,
     methods,
     losses,
