@@ -99,6 +99,10 @@ def search(
     copies: Annotated[
         bool, Option("--copies", help="list near copies as results of their own")
     ] = False,
+    why: Annotated[
+        bool,
+        Option("--why", help="also name known pairs or classes that text and image resemble"),
+    ] = False,
     model: Annotated[
         str | None, Option(callback=known, help="new path of the model, if it was moved")
     ] = None,
@@ -130,6 +134,8 @@ def search(
         info.model.locate(folder)
     both = _two_numbers(weights)
     words, picture = read_query(text, image, both)
+    if why and words is None:
+        raise UserError("--why explains what an image shares with a text. Give a text.")
 
     # --- search
     from declip.search.index import Index
@@ -137,6 +143,8 @@ def search(
     opened = Index.open(folder, model=model, source=source, device=device, precision=precision)
     shown: dict[str, Any] = {"where": wanted, "group": group, "copies": copies}
     hits = opened.search(words, picture, weights=both, template=template, k=k, over=over, **shown)
+    if why and words is not None:
+        hits = opened.explain(words, hits)
     _print_hits(hits, group)
     # --- files
     if table is not None:
@@ -173,9 +181,14 @@ def _print_hits(hits: "list[Hit]", group: str | None) -> None:
     with_copies = any(hit.copies for hit in hits)
     if with_copies:
         header.append("near copies" if group is None else f"others of {group}")
+    explained = any(hit.resembles for hit in hits)
+    if explained:
+        header.insert(4, "both resemble")
     rows = []
     for number, hit in enumerate(hits, 1):
         texts = [hit.key, "; ".join(hit.captions[:2])]
+        if explained:
+            texts.append("; ".join(hit.resembles))
         cells = [str(number), f"{hit.score:.3f}", *(sanitize(text, len(text)) for text in texts)]
         if with_copies:
             cells.append(f"+ {len(hit.copies):,}" if hit.copies else "")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from declip.models.fingerprint import fingerprint
 from declip.models.precision import Precision, convert
 from declip.search.checks import read_query
 from declip.search.class_words import add_classes
+from declip.search.explain import anchor_names, resembled
 from declip.search.info import Dtype, Over
 from declip.search.language import language_note
 from declip.search.parquet import index_parquet
@@ -50,6 +51,7 @@ class Hit(IndexedImage):
 
     score: float
     copies: tuple[str, ...] = ()  # keys of its near copies, and of others of its group, best first
+    resembles: tuple[str, ...] = ()  # see `Index.explain`
 
     def to_dict(self) -> dict[str, Any]:
         """The hit as plain data."""
@@ -60,6 +62,7 @@ class Hit(IndexedImage):
             "score": self.score,
             "captions": list(self.captions),
             "copies": list(self.copies),
+            "resembles": list(self.resembles),
         }
         return {**shown, "index": self.index, **origin}
 
@@ -308,6 +311,19 @@ class Index:
     def captions(self) -> list[list[str]]:
         """The captions of each image in the order of `ids`."""
         return self._store.column("captions").to_pylist()
+
+    def explain(self, text: str, hits: Sequence[Hit], count: int = 3) -> list[Hit]:
+        """Say of each hit which known pairs or classes its image and the text both resemble.
+
+        Its image is encoded again, as an index has vectors alone. For built-in starts, whose classes
+        are named, and folders of `declip finetune`, whose pairs are named by their captions.
+        """
+        given = folder_or_name(self._model_given)
+        by_name = isinstance(given, str | Path)
+        names = anchor_names(given if by_name else self.info.model.locate(self.folder))
+        images = [self.image(hit.id) for hit in hits]
+        found = resembled(self.model, names, text, images, count)
+        return [replace(hit, resembles=own) for hit, own in zip(hits, found, strict=True)]
 
     def image(self, id: int) -> Image.Image:
         """Read an image from the source, RGB and upright; raises `UserError` if there is no such image any more."""

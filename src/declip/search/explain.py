@@ -1,0 +1,62 @@
+"""What an image and a query both resemble: pairs that a model was fitted to, and classes that it knows."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from declip.closed_form.neighbors import both_resemble
+from declip.errors import UserError
+from declip.interchange import starter
+from declip.interchange.read import read_start
+from declip.models.dual_encoder import DualEncoder
+from declip.models.encoder import Encoder
+from declip.models.neighbors import NeighborProjection
+from declip.runs.fitted import FittedRun, is_fitted
+
+
+def anchor_names(where: str | Path) -> list[str]:
+    """Captions of the known pairs of a fit, and names of known classes; empty for other models."""
+    if starter.matches(str(where)):
+        classes = read_start(str(where)).named_classes()
+        return [] if classes is None else list(classes.names)
+    folder = Path(where).expanduser()
+    return [caption for _, caption in FittedRun(folder).known] if is_fitted(folder) else []
+
+
+@torch.no_grad()
+def resembled(
+    model: Encoder, names: list[str], text: str, images: list[Image.Image], count: int
+) -> list[tuple[str, ...]]:
+    """Name up to `count` anchors that a text and each of the images both resemble, the most similar first."""
+    sides = _sides(model)
+    if sides is None or len(sides[0].anchors) != len(names):
+        raise UserError(
+            "The model compares with no known pairs or classes, so a result cannot be explained. Use a built-in start, "
+            "or the folder of `declip finetune`, and leave --why out for other models."
+        )
+    assert isinstance(model, DualEncoder)
+    image_side, text_side = sides[0].side, sides[1].side
+    of_text = model.text_tower.pool(model.tokenize([text])).float().cpu()[0]
+    found = []
+    for image in images:
+        of_image = _pooled(model, image)
+        rows = both_resemble(image_side, text_side, of_image, of_text, count)
+        found.append(tuple(names[row] for row in rows))
+    return found
+
+
+def _sides(model: Encoder) -> tuple[NeighborProjection, NeighborProjection] | None:
+    if not isinstance(model, DualEncoder):
+        return None
+    image, text = model.image_tower.proj, model.text_tower.text_projection
+    if isinstance(image, NeighborProjection) and isinstance(text, NeighborProjection):
+        return image, text
+    return None
+
+
+def _pooled(model: DualEncoder, image: Image.Image) -> Tensor:
+    tower = model.image_tower
+    pixels = model.preprocess(image).to(next(tower.parameters()).dtype)
+    return tower.pool(pixels).float().cpu()[0]

@@ -1,0 +1,74 @@
+"""What an image and a query both resemble."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import declip
+from conftest import refuses, texture
+from declip.interchange import starter
+from declip.runs.fitted import HEADS, KNOWN
+from declip.search.explain import anchor_names
+
+START = "builtin:lite0-minilm"
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    if not starter.installed(START):
+        pytest.skip("the built-in start is not installed")
+    folder = tmp_path_factory.mktemp("explained")
+    (folder / "pictures").mkdir()
+    for seed in range(4):
+        texture(seed, side=64).save(folder / f"pictures/{seed}.png")
+    declip.embed(START, folder / "pictures", out=folder / "index", workers=0)
+    return declip.Index.open(folder / "index", device="cpu")
+
+
+def test_the_names_are_those_whose_products_of_neighbors_are_largest(index):
+    hits = index.explain("an orange", index.search("an orange", k=4))
+    model = index.model
+    names = anchor_names(START)
+    assert len(names) == 1_000
+    image_side, text_side = model.image_tower.proj.side, model.text_tower.text_projection.side
+    with torch.no_grad():
+        pooled = model.text_tower.pool(model.tokenize(["an orange"]))[0]
+        text = normalize(pooled - text_side.mean, dim=0) @ text_side.anchors.mT
+        for hit in hits:
+            image = model.image_tower.pool(model.preprocess(index.image(hit.id)))[0]
+            shared = normalize(image - image_side.mean, dim=0) @ image_side.anchors.mT
+            near = [set(cosines.topk(50).indices.tolist()) for cosines in (text, shared)]
+            both = sorted(near[0] & near[1], key=lambda row: -(text[row] * shared[row]))
+            assert list(hit.resembles) == [names[row] for row in both[:3]]
+    assert {hit.resembles for hit in hits} != {()}
+
+
+def test_the_command_prints_and_writes_them(index, tmp_path, command):
+    given = "search", index.folder, "an orange", "--json", tmp_path / "hits.json", "--why"
+    printed = command(*given).out
+    hits = json.loads((tmp_path / "hits.json").read_text())["hits"]
+    expected = index.explain("an orange", index.search("an orange"))
+    assert [tuple(hit["resembles"]) for hit in hits] == [hit.resembles for hit in expected]
+    first = next(hit.resembles[0] for hit in expected if hit.resembles)
+    assert first in printed
+    assert "both resemble" in printed
+    picture = tmp_path / "orange.png"
+    texture(0).save(picture)
+    refused = command("search", index.folder, "--image", picture, "--why")
+    assert (refused.status, "Give a text" in refused.err) == (2, True)
+
+
+def test_anchors_of_a_fit_are_its_captions(tmp_path):
+    (tmp_path / HEADS).touch()
+    (tmp_path / KNOWN).write_text('key,caption\na.png,"red, or green"\n,tench\n')
+    assert anchor_names(tmp_path) == ["red, or green", "tench"]
+    assert anchor_names(tmp_path / "other") == []
+
+
+def test_a_model_without_neighbors_is_refused(weights_file, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    texture(0).save(tmp_path / "pictures/0.png")
+    index = declip.embed(weights_file, tmp_path / "pictures", out=tmp_path / "index", workers=0)
+    refuses("no known pairs or classes.*--why", index.explain, "red", index.search("red"))
