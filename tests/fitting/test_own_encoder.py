@@ -78,13 +78,13 @@ def test_every_image_is_encoded_once():
 
 def test_the_fitted_model_is_embedded_and_searched(fitted, tmp_path):
     index = declip.embed(fitted.model, Painted(), out=tmp_path / "index")
-    hits = index.search("red green", k=3)
+    hits = index.search("red green", k=3, copies=True)
     model, source = fitted.model, Painted()
     images = model.encode_image(model.preprocess([source[i].image for i in range(len(source))]))
     text = model.encode_text(model.tokenize(["red green"]))
     best = (text @ images.T)[0].argsort(descending=True)[:3]
     assert [hit.id for hit in hits] == best.tolist()
-    assert declip.Index(tmp_path / "index", model=fitted.model).search("red green")[0] == hits[0]
+    assert declip.Index(tmp_path / "index", model=fitted.model).search("red green", copies=True)[0] == hits[0]
     refuses("made by another model", lambda: declip.Index(tmp_path / "index", model=Colors()).model)
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 import declip
 from conftest import draw, refuses
-from declip.search.ranking import NEAR_COPY, distinct, matching
+from declip.search.ranking import NEAR_COPY, NO_COPY, distinct, matching, near_copy
 from indices import write_index
 
 
@@ -134,3 +134,17 @@ def test_a_column_follows_the_images_when_the_table_changes(products):
     assert declip.Index.open(products / "index").column("product") == before
     (products / "products.csv").write_text("\n".join(lines[:3]))
     refuses("no longer in", declip.Index.open(products / "index").column, "product")
+
+
+@pytest.mark.parametrize(
+    ("spread", "limit"), [(0.01, NO_COPY), (1.0, NEAR_COPY)], ids=["all alike", "told apart"]
+)
+@pytest.mark.parametrize("count", [3, 1_000])
+def test_a_model_to_which_all_images_look_alike_has_no_near_copies(spread, limit, count):
+    generator = torch.Generator().manual_seed(count)
+    vectors = torch.ones(count, 16) + spread * torch.randn(count, 16, generator=generator)
+    assert near_copy(normalize(vectors, dim=-1)) == limit
+
+
+def test_one_image_or_two_copies_are_no_reason_to_list_copies():
+    assert near_copy(torch.eye(4)[:1]) == near_copy(torch.eye(4)[[0, 0]]) == NEAR_COPY

@@ -134,7 +134,7 @@ def search(
         info.model.locate(folder)
     both = _two_numbers(weights)
     words, picture = read_query(text, image, both)
-    if why and words is None:
+    if why and not words:
         raise UserError("--why explains what an image shares with a text. Give a text.")
 
     # --- search
@@ -143,7 +143,7 @@ def search(
     opened = Index.open(folder, model=model, source=source, device=device, precision=precision)
     shown: dict[str, Any] = {"where": wanted, "group": group, "copies": copies}
     hits = opened.search(words, picture, weights=both, template=template, k=k, over=over, **shown)
-    if why and words is not None:
+    if why and words:
         hits = opened.explain(words, hits)
     _print_hits(hits, group)
     # --- files

@@ -33,7 +33,7 @@ from declip.search.explain import anchor_names, resembled
 from declip.search.info import Dtype, Over
 from declip.search.language import language_note
 from declip.search.parquet import index_parquet
-from declip.search.ranking import NEAR_COPY, Where, distinct, matching
+from declip.search.ranking import NO_COPY, Where, distinct, matching, near_copy
 from declip.search.store import IndexedImage, open_index
 from declip.search.writer import describe_model
 
@@ -196,7 +196,9 @@ class Index:
         group: str | None = None,
         copies: bool = False,
     ) -> list[Hit]:
-        """Find images by a text, an image, or both. Near copies (cosine above 0.99) are one hit.
+        """Find images by a text, an image, or both.
+
+        Near copies (cosine above 0.99) are one hit, unless most images are as similar.
 
         Args:
             text: A text, or an image, which is the same as `image`.
@@ -240,7 +242,8 @@ class Index:
         order = order[: int(scores.isfinite().sum())]
         # --- near copies, and images of one group, as one hit
         ranked, images = ids[order], torch.from_numpy(self._store.matrix("images"))
-        found = distinct(ranked, images, k, groups, 2.0 if copies else NEAR_COPY)
+        limit = NO_COPY if copies else near_copy(images)
+        found = distinct(ranked, images, k, groups, limit)
         positions = [position for hit in found for position in hit]
         rows = dict(zip(positions, self.rows(ranked[positions].numpy()), strict=True))
         hits = []

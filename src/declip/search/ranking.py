@@ -11,6 +11,8 @@ from declip.errors import unknown
 from declip.io.text import sanitize
 
 NEAR_COPY = 0.99  # cosine above which two images are one hit
+NO_COPY = 2.0  # above every cosine
+SAMPLE = 100  # images whose cosines say whether a model tells images apart
 LONGEST_SHOWN = 60  # characters of a value in a message
 BLOCK = 256  # images that are compared with the hits at a time
 
@@ -38,6 +40,22 @@ def matching(columns: Mapping[str, Cells], where: Where) -> np.ndarray:
 def _plain(cell: str) -> str:
     """A cell without spaces around it, and with one of the two codes of an umlaut."""
     return unicodedata.normalize("NFC", cell.strip())
+
+
+def near_copy(vectors: Tensor) -> float:
+    """The cosine above which two images are one hit; above 1 if most images are as similar as that.
+
+    So a model that was hardly trained, to which all images look alike, lists them all.
+
+    Args:
+        vectors: Of all images, (n, d) of length 1, of which some are compared.
+    """
+    step = max(1, len(vectors) // SAMPLE)
+    some = vectors[::step][:SAMPLE].float()
+    others = torch.triu_indices(len(some), len(some), offset=1)
+    cosines = (some @ some.mT)[others[0], others[1]]
+    alike = len(cosines) > 1 and bool(cosines.median() > NEAR_COPY)
+    return NO_COPY if alike else NEAR_COPY
 
 
 def distinct(
