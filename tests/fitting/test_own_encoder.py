@@ -84,7 +84,10 @@ def test_the_fitted_model_is_embedded_and_searched(fitted, tmp_path):
     text = model.encode_text(model.tokenize(["red green"]))
     best = (text @ images.T)[0].argsort(descending=True)[:3]
     assert [hit.id for hit in hits] == best.tolist()
-    assert declip.Index(tmp_path / "index", model=fitted.model).search("red green", copies=True)[0] == hits[0]
+    assert (
+        declip.Index(tmp_path / "index", model=fitted.model).search("red green", copies=True)[0]
+        == hits[0]
+    )
     refuses("made by another model", lambda: declip.Index(tmp_path / "index", model=Colors()).model)
 
 

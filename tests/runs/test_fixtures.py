@@ -10,6 +10,7 @@ import torch
 
 import declip
 from declip.errors import UserError
+from declip.interchange.read import read
 from declip.runs.folder import read_rows
 from fixtures.make import PAIRS, overrides
 
@@ -79,3 +80,10 @@ def test_files_of_a_later_layout_say_that_they_are_newer(saved):
             match=rf"{re.escape(str(path))}' was written by a newer version.*pip install -U",
         ):
             opened()
+
+
+def test_its_weights_say_where_they_are_from(monkeypatch):
+    run = STORED / "run"
+    assert read(run).origin == str(run)
+    monkeypatch.chdir(STORED.parent)
+    assert read("stored_run/run").origin == "stored_run/run"
