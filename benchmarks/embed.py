@@ -100,10 +100,8 @@ def compare(tower: str, size: str, count: int, repeats: int) -> list[dict[str, A
         paths = write_images(folder, width, height, count)
         model, exact = build(tower, "auto"), build(tower, "fp32")
         side = model.preprocessor.size
-        pixels, encode = (
-            torch.randint(256, (count, 3, side, side), dtype=torch.uint8),
-            image_encoder(model),
-        )
+        pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
+        encode = image_encoder(model)
         sides: dict[str, Callable[[], object]] = {
             "declip": lambda: embed(model, folder, out=Path(work) / f"index{next(runs)}"),
             "fp32": lambda: embed(exact, folder, out=Path(work) / f"index{next(runs)}"),

@@ -25,9 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # deterministic mode needs it before CUDA starts
+# Deterministic mode needs it before CUDA starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 import torch.distributed as dist
@@ -148,10 +147,8 @@ def budget(bench: Bench, name: str) -> Rows:
     rows, count = [], 4 if bench.tiny else 256
     for what in ("as published", "all"):
         recipe, source = switched(bench, name, OPTIONS[what])
-        built, batch = (
-            build(recipe, source, bench.device),
-            tiled(batch_of(recipe, source), count).to(bench.device),
-        )
+        built = build(recipe, source, bench.device)
+        batch = tiled(batch_of(recipe, source), count).to(bench.device)
         ready, inner = built.learner.prepare(batch), built.learner
 
         def towers(built: Any = built, ready: Any = ready) -> dict[str, torch.Tensor]:

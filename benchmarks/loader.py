@@ -138,10 +138,8 @@ def tasks(source: Files, size: int) -> dict[str, Callable[[], object]]:
     plan = plan_views(recipe, needs_of(recipe))
     mean, std = torch.tensor(plan.mean), torch.tensor(plan.std)
     theirs, tokenizer = torchvision_view(size), Tokenizer()
-    one_view, tokenize = (
-        open_clip.image_transform(size, is_train=True),
-        open_clip.get_tokenizer("ViT-B-32"),
-    )
+    one_view = open_clip.image_transform(size, is_train=True)
+    tokenize = open_clip.get_tokenizer("ViT-B-32")
 
     def ours(finish: bool) -> Callable[[], object]:
         loader = PairLoader(Assembler(source, tokenizer, plan, batch_size=PAIRS, seed=0))

@@ -68,9 +68,8 @@ class Task(NamedTuple):
     pairs: Pairs
     groups: np.ndarray
     classes: ClassPairs | None
-    names: (
-        Callable[[Tensor], Tensor] | None
-    )  # classes (n, k) → (n, w) text features of their names in a row
+    # Classes (n, k) → (n, w) text features of their names in a row
+    names: Callable[[Tensor], Tensor] | None
     seed: int
     embedded: bool = False  # the features are embeddings of a start that has projections
 

@@ -104,11 +104,9 @@ def tiny(config: dict[str, Any]) -> dict[str, Any]:
 
 def recipe_of(recipe: str, name: str, shape: Shape, batch: int) -> Recipe:
     """Load a recipe with the towers of the shape and all views from the first step on."""
-    text, vision, convolutional = (
-        shape.config["text_cfg"],
-        shape.config["vision_cfg"],
-        name.startswith("RN"),
-    )
+    text = shape.config["text_cfg"]
+    vision = shape.config["vision_cfg"]
+    convolutional = name.startswith("RN")
     keys = {
         "image.model": TOWERS[name], "image.size": vision["image_size"], "embed_dim": shape.config["embed_dim"],
         "text.width": text["width"], "text.layers": text["layers"], "text.heads": text["heads"],
@@ -121,9 +119,8 @@ def recipe_of(recipe: str, name: str, shape: Shape, batch: int) -> Recipe:
         keys["image.model_kwargs"] = {"depths": vision["layers"]} if convolutional else blocks
     if convolutional:
         keys["image.freeze_patch_embed"] = False
-    if (
-        load_recipe(recipe).train.grad_cache_chunk is not None
-    ):  # a recipe for one GPU, its towers whole
+    # A recipe for one GPU, its towers whole
+    if load_recipe(recipe).train.grad_cache_chunk is not None:
         keys["train.grad_cache_chunk"] = None
     return load_recipe(recipe, keys)
 

@@ -100,10 +100,8 @@ class Distillation(Term):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         ours, theirs = similarity.scale, self._fixed[0].logit_scale.exp()
-        to_text, to_image = (
-            (own.extra["image"], keys.extra["text"]),
-            (own.extra["text"], keys.extra["image"]),
-        )
+        to_text = (own.extra["image"], keys.extra["text"])
+        to_image = (own.extra["text"], keys.extra["image"])
         losses = [
             relational_distillation((view, keys.texts[0], ours), (*to_text, theirs))
             for view in own.images

@@ -22,9 +22,8 @@ class HeldOut(declip.Sink):
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         if step % self.every == 0:
-            result = declip.evaluate(
-                self.model, self.pairs, "retrieval"
-            )  # leaves the model in training mode
+            # Leaves the model in training mode
+            result = declip.evaluate(self.model, self.pairs, "retrieval")
             print(f"step {step}: R@1 {result.text_to_image.r1:.1%}")
 
 

@@ -47,10 +47,8 @@ def count_cost(recipe: Recipe, caption_length: int) -> Cost:
     flops, activations = 0.0, 0.0
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes without values
         model.to_empty(device="cpu")
-        images, tokens = (
-            torch.zeros(4, 3, size, size),
-            torch.ones(4, caption_length, dtype=torch.int64),
-        )
+        images = torch.zeros(4, 3, size, size)
+        tokens = torch.ones(4, caption_length, dtype=torch.int64)
         for tower, inputs, views in (
             (model.image_tower, images, len(plan.views)),
             (model.text_tower, tokens, texts),

@@ -306,10 +306,8 @@ def compare_curve(run: Run, curve: dict[int, float] | None) -> list[str]:
     (run.folder / "curve.json").write_text(json.dumps(losses), encoding="utf-8")
     problems = [] if all(map(math.isfinite, losses.values())) else ["a loss is not finite"]
     name = "contrastive" if "contrastive" in run.recipe.active_losses else "late_interaction"
-    contrastive, chance = (
-        [row["losses"][name] for row in run.metrics],
-        math.log(run.recipe.train.batch_size),
-    )
+    contrastive = [row["losses"][name] for row in run.metrics]
+    chance = math.log(run.recipe.train.batch_size)
     later = mean(contrastive[len(contrastive) // 2 :])
     shown = (
         f"{contrastive[0]:.2f} at step {run.metrics[0]['step']:,}, {later:.2f} in the second half"

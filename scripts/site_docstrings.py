@@ -9,9 +9,8 @@ LOOP = re.compile(
     r"^((?!\s*(?:Args|Returns|Raises|Attributes|Yields):$)\S[^\n]*)\n((?:    [^\n]+\n?)+)",
     re.MULTILINE,
 )
-SHARED = re.compile(
-    r"^( +)(\w+), (\w+): ([^\n]+(?:\n\1 +[^\n]+)*)", re.MULTILINE
-)  # in a section Args
+# In a section Args
+SHARED = re.compile(r"^( +)(\w+), (\w+): ([^\n]+(?:\n\1 +[^\n]+)*)", re.MULTILINE)
 
 
 class Loops(griffe.Extension):

@@ -183,7 +183,9 @@ def compare(
         terms: Losses of your own by name, or a Python file that ends with ``TERMS = {"NAME": YourTerm}``; the weights
             are the recipes'. Pass them again to continue; a file that was changed since is refused.
     """
-    grid = None if tune is None else Grid.of(tune, None if tune_on is None else str(tune_on))
+    grid = None
+    if tune is not None:
+        grid = Grid.of(tune, None if tune_on is None else str(tune_on))
     study = Study.of(
         recipes,
         pairs,

@@ -303,11 +303,9 @@ def test_a_saved_caption_is_changed_and_deleted(browser, start, tmp_path):
     with served(start()) as address:
         page = browser.new_context(base_url=address, viewport=PHONE).new_page()
         page.goto("/")
-        field, saved, status = (
-            page.locator("#text"),
-            page.locator("#saved [aria-pressed]"),
-            page.get_by_role("status"),
-        )
+        field = page.locator("#text")
+        saved = page.locator("#saved [aria-pressed]")
+        status = page.get_by_role("status")
         expect(page.locator("#near")).to_be_hidden()
         expect(page.get_by_role("button", name="Save, next")).to_be_in_viewport(ratio=1)
         for number, text in enumerate(("cauliflower", "broccoli", "spinach"), 1):

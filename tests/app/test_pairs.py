@@ -156,10 +156,8 @@ def test_the_page_gets_the_worst_pairs_and_the_groups(client, state):
         for start in (0, 24)
     ]
     assert [row["id"] for page in more for row in page] == found.ids.tolist()
-    image, texts = (
-        state.index.vectors([rows[0]["id"]])[0],
-        state.index.vectors(state.index.ids, "captions"),
-    )
+    image = state.index.vectors([rows[0]["id"]])[0]
+    texts = state.index.vectors(state.index.ids, "captions")
     assert rows[0]["nearest"] == state.index.row(int((texts @ image).argmax())).caption
     groups = client.get("/api/pairs/duplicates?threshold=0.8").json()
     assert len(groups["marked"]) == sum(group["size"] - 1 for group in groups["rows"])

@@ -14,9 +14,8 @@ def scripts(monkeypatch):
         monkeypatch.syspath_prepend(str(ROOT / folder))
 
     def imported(name):
-        if (
-            getattr(sys.modules.get(name), "__file__", None) is None
-        ):  # the folder tests/search is a module too
+        # The folder tests/search is a module too
+        if getattr(sys.modules.get(name), "__file__", None) is None:
             monkeypatch.delitem(sys.modules, name, raising=False)
         return __import__(name)
 

@@ -56,10 +56,8 @@ def test_starting(call, scripts, monkeypatch):
 def gpu(scripts, call, tmp_path, monkeypatch):
     """Measure parts of toy towers with one loss; give the exit status and what is printed."""
     module = scripts("gpu")
-    keys, fewer = (
-        module.run_keys,
-        {"loss_weights": {"contrastive": 1.0}, "train.optimizer": "adamw"},
-    )
+    keys = module.run_keys
+    fewer = {"loss_weights": {"contrastive": 1.0}, "train.optimizer": "adamw"}
     fewer |= {"train.steps": 2, "train.checkpoint_every": 1, "train.batch_size": 8}
     monkeypatch.setattr(module, "RECIPES", ("clip",))
     monkeypatch.setattr(module, "run_keys", lambda *given, **train: keys(*given, **train) | fewer)

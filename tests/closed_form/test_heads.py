@@ -31,9 +31,8 @@ def test_classes_alone_make_heads_that_find_images():
     nothing = Pairs(torch.empty(0, 12), torch.empty(0, 7), torch.empty(0, dtype=torch.int64))
     choice = choose_heads(nothing, np.empty(0, np.int64), class_pairs())
     assert choice.class_weight == 1
-    assert (
-        float((held_out(choice.heads, pairs_of(40)).to_text < 1).double().mean()) > 0.5
-    )  # chance: 1 of 40
+    # Chance: 1 of 40
+    assert float((held_out(choice.heads, pairs_of(40)).to_text < 1).double().mean()) > 0.5
 
 
 def test_embeddings_stay_as_they_are_unless_their_pairs_say_otherwise():
@@ -92,9 +91,8 @@ def test_percentiles_do_not_depend_on_the_number_of_candidates():
 )
 def test_percentiles_of_the_best_of_equal_and_of_the_worst_candidates(image, expected):
     rows = torch.eye(6)
-    pairs = Pairs(
-        rows, torch.cat([rows, rows + 0.1]), torch.arange(6).repeat(2)
-    )  # two captions of each image
+    # Two captions of each image
+    pairs = Pairs(rows, torch.cat([rows, rows + 0.1]), torch.arange(6).repeat(2))
     outcome = ranks_by(Heads(image, torch.eye(6)), pairs, torch.zeros(6))
     assert outcome.percentiles().tolist() == pytest.approx([expected] * 6)
 
@@ -112,9 +110,8 @@ def test_groups_of_several_images_count_by_their_images():
 def test_captions_of_one_image_weigh_as_one_in_cross_validation():
     once, folds = pairs_of(40, noise=1.0), torch.arange(40) % 5
     owners = torch.cat([torch.arange(40), torch.arange(0, 40, 5).repeat(4)])
-    often = Pairs(
-        once.images, once.texts[owners], owners
-    )  # every fifth image has its caption five times
+    # Every fifth image has its caption five times
+    often = Pairs(once.images, once.texts[owners], owners)
     fits = []
     for pairs in (once, often):
         (outcome,) = CrossValidation(pairs, np.arange(40), folds, None, False, 0.0).ranks(
@@ -148,9 +145,8 @@ def test_few_pairs_take_the_usual_heads():
         choice = choose_heads(pairs_of(count, noise=0.1), np.arange(count))
         assert (choice.form == DEFAULT_FORM) == usual
     known = class_pairs(60)
-    wrong = known._replace(
-        texts=known.texts.flip(0)
-    )  # worse than any pairs, so the start does not stay
+    # Worse than any pairs, so the start does not stay
+    wrong = known._replace(texts=known.texts.flip(0))
     assert choose_heads(pairs_of(40, noise=0.1), np.arange(40), wrong).class_weight == 1
 
 
@@ -230,10 +226,9 @@ def test_the_interval_contains_the_result_on_new_pairs():
 def test_a_few_large_groups_widen_the_interval():
     pairs = pairs_of(200, noise=1.0)
     outcome = choose_heads(pairs, np.arange(200)).outcome
-    even, uneven = (
-        np.arange(200) // 2,
-        np.minimum(np.arange(200), 100),
-    )  # 100 groups of 2; 100 of 1 and one of 100
+    # 100 groups of 2; 100 of 1 and one of 100
+    even = np.arange(200) // 2
+    uneven = np.minimum(np.arange(200), 100)
     for estimate in (lambda groups: outcome.recall(1, groups), outcome.percentile):
         widths = [(found := estimate(groups)).high - found.low for groups in (even, uneven)]
         assert widths[1] > 1.15 * widths[0]
@@ -271,10 +266,9 @@ def test_a_few_large_groups_have_no_curve():
 
 
 def test_ranks_equal_a_plain_loop():
-    texts, owners = (
-        torch.tensor([0, 1, 2, 2, 3, 4, 5]),
-        torch.tensor([0, 0, 1, 2, 3, 4, 4]),
-    )  # 1 and 2 share a caption
+    # 1 and 2 share a caption
+    texts = torch.tensor([0, 1, 2, 2, 3, 4, 5])
+    owners = torch.tensor([0, 0, 1, 2, 3, 4, 4])
     numbers = caption_numbers(Pairs(torch.empty(5, 1), texts[:, None].double(), owners))
     scores = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     found = ranks.score(scores, HeldOutBlock.of(torch.arange(5), owners, numbers))
@@ -288,10 +282,8 @@ def test_ranks_equal_a_plain_loop():
 
 @pytest.mark.parametrize("count", [30, 90])  # fewer rows than columns, and more
 def test_the_largest_directions_are_the_principal_axes(count):
-    rows, weights = (
-        torch.randn(count, 40, generator=torch.Generator().manual_seed(0)),
-        torch.linspace(0.1, 2, count),
-    )
+    rows = torch.randn(count, 40, generator=torch.Generator().manual_seed(0))
+    weights = torch.linspace(0.1, 2, count)
     turned = rows @ largest_directions(rows, weights, 10)
     moments = torch.linalg.eigvalsh((rows * weights[:, None]).mT @ rows)[-10:]
     torch.testing.assert_close(

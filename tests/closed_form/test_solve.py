@@ -81,11 +81,9 @@ def test_heads_are_those_of_scikit_learn_and_plain_algebra(method, ridge):
     x, direction = solve.centered(images, weights @ images)
     rows = solve.RegressionRows(x, texts, torch.arange(40), weights, direction)
     (heads,) = solve.closed_form_heads(rows, (Form(method, ridge),))
-    x, y, share = (
-        centered(images, weights),
-        centered(texts, weights),
-        (weights / weights.sum()).numpy()[:, None],
-    )
+    x = centered(images, weights)
+    y = centered(texts, weights)
+    share = (weights / weights.sum()).numpy()[:, None]
     bilinear = (heads.image.mT @ heads.text).numpy()
     np.testing.assert_allclose(
         x @ bilinear @ y.T, x @ PLAIN[method](x, y, share, ridge) @ y.T, atol=1e-8
@@ -111,10 +109,8 @@ def test_class_posteriors_are_features_too(method, count):
     )
     x = np.vstack([own, features_of(classes.rows - classes.rows.mean(dim=0), np.eye(count))])
     weights = torch.tensor([1.0] * 8 + [0.5] * count, dtype=torch.float64)
-    y, share = (
-        centered(torch.cat([pairs.texts, classes.texts]), weights),
-        (weights / weights.sum()).numpy()[:, None],
-    )
+    y = centered(torch.cat([pairs.texts, classes.texts]), weights)
+    share = (weights / weights.sum()).numpy()[:, None]
     bilinear = (heads.image.mT @ heads.text).numpy()
     np.testing.assert_allclose(heads.classifier.features(pairs.images).numpy(), own)
     np.testing.assert_allclose(
@@ -174,10 +170,9 @@ def test_directions_of_the_means_are_ignored():
 
 def test_a_ridge_refers_to_all_directions_of_features_with_fewer_columns():
     images, texts = features(6)
-    basis, products = (
-        torch.linalg.qr(images.mT).Q,
-        [],
-    )  # (12, 6), all directions that the images have
+    # (12, 6), all directions that the images have
+    basis = torch.linalg.qr(images.mT).Q
+    products = []
     for x, widths in ((images, None), (images @ basis, (12, 7))):
         moments = solve.moments(x, texts, torch.arange(6), torch.ones(6).double())
         axes, maps = solve.solve(moments, (DEFAULT_FORM,), widths)
@@ -188,9 +183,8 @@ def test_a_ridge_refers_to_all_directions_of_features_with_fewer_columns():
     torch.testing.assert_close(*products)
 
 
-@pytest.mark.parametrize(
-    "features", [torch.ones, torch.eye]
-)  # a mean that is rounded, and one that is exact
+# A mean that is rounded, and one that is exact
+@pytest.mark.parametrize("features", [torch.ones, torch.eye])
 def test_features_without_variance_give_finite_heads(features):
     pairs = Pairs(features(1, 12).expand(5, -1), features(1, 7).expand(5, -1), torch.arange(5))
     (heads,) = fit_heads(pairs, None, 0.0, (DEFAULT_FORM,))

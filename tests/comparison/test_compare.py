@@ -176,9 +176,8 @@ def _rows_logged(out):
 
 
 def _compare_in_a_terminal(*given, **options):
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs are deaf to it
+    # A shell's background jobs are deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     tiny(*given, **options)
 
 
@@ -200,9 +199,8 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(recipes, table, tm
             other.join()
             assert (other.exitcode, read_outcome(out).complete) == (0, False)
             assert list(out.glob("runs/*/checkpoints/step-*"))
-    found = tiny(
-        recipes, table, out, **options
-    )  # waits for the killed process, and continues its trial
+    # Waits for the killed process, and continues its trial
+    found = tiny(recipes, table, out, **options)
     other.join()
     assert (other.exitcode, found.complete) == (-signal.SIGKILL, True)
     (row,), (expected,) = found.rows.values(), whole.rows.values()

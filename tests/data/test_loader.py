@@ -169,9 +169,8 @@ def test_the_second_text_is_what_was_chosen(monkeypatch):
         assert {"photo" in first, "photo" in second} == {True, False}
         assert first.split()[0] == second.split()[0]  # of the same pair
     captions = Noise.captions
-    monkeypatch.setattr(
-        Noise, "captions", lambda *given: captions(*given)[:1]
-    )  # there is no other one
+    # There is no other one
+    monkeypatch.setattr(Noise, "captions", lambda *given: captions(*given)[:1])
     usual = _said(make())
     assert sum(first != second for first, second in usual) > 0.5 * len(usual)
     assert _said(make(second_view="caption")) == usual
@@ -276,12 +275,10 @@ class Numbers(PairSource):
     """A source that is only as long as it is."""
 
     def __init__(self, count, blocks=None, remote=False, name="numbers"):
-        self.count, self.blocks, self.remote, self.name = (
-            count,
-            blocks and np.array(blocks),
-            remote,
-            name,
-        )
+        self.count = count
+        self.blocks = blocks and np.array(blocks)
+        self.remote = remote
+        self.name = name
 
     def __len__(self):
         return self.count
@@ -357,9 +354,8 @@ def test_a_stretch_of_steps_touches_the_shards_of_a_group_only():
         shards = {index // 100 for index in steps(order, first, first + 20).tolist()}
         assert len(shards) <= 11
     together = epoch_of(order, 0)[:1000]
-    assert (
-        np.abs(np.diff(together // 100)).mean() > 30
-    )  # of ten shards from all over the source, mixed
+    # Of ten shards from all over the source, mixed
+    assert np.abs(np.diff(together // 100)).mean() > 30
 
 
 def test_pairs_left_out_at_an_epochs_end_are_chance():

@@ -127,9 +127,8 @@ class Reader:
 
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
-        monkeypatch.setitem(
-            sys.modules, "page", module := ModuleType("page")
-        )  # timm looks its functions' module up
+        # timm looks its functions' module up
+        monkeypatch.setitem(sys.modules, "page", module := ModuleType("page"))
         self.names = vars(module)
         self.left = {}
 

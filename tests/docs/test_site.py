@@ -45,9 +45,8 @@ def test_a_page_does_what_it_says(page, here, monkeypatch):
 def test_the_notebook_runs(emoji_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(emoji_cache))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "declip.finetuning.outputs.write_finetuned", lambda *_: None
-    )  # the last cell exports
+    # The last cell exports
+    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", lambda *_: None)
     cells = json.loads((DOCS / "first-hour.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     smaller = {

@@ -419,9 +419,8 @@ def on_a_full_disk(words, largest):
 
 
 def _limited(words, largest, writer):
-    signal.signal(
-        signal.SIGXFSZ, signal.SIG_IGN
-    )  # a write beyond the limit then raises, as on a full disk
+    # A write beyond the limit then raises, as on a full disk
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     sys.stdout = sys.stderr = os.fdopen(writer, "w", encoding="utf-8")
     sys.argv = ["declip", *words]

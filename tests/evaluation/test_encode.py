@@ -58,10 +58,8 @@ def test_workers_change_nothing(model, painted, monkeypatch):
     source = painted(["red", "green", "blue", "cyan", "white"], broken=[3])
     some = encode_source(as_encoder(model), source, indices=[2, 0], texts=False)
     assert (some.indices.tolist(), some.texts) == ([2, 0], None)
-    alone, helped = (
-        encode_source(as_encoder(model), source, batch_size=2),
-        encode_source(as_encoder(model), source, batch_size=2, workers=1),
-    )
+    alone = encode_source(as_encoder(model), source, batch_size=2)
+    helped = encode_source(as_encoder(model), source, batch_size=2, workers=1)
     monkeypatch.setattr("declip.evaluation.encode.READ_AT_ONCE", 1)
     for other in (helped, encode_source(as_encoder(model), source, batch_size=2, workers=1)):
         assert torch.equal(alone.images, other.images)

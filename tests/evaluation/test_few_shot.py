@@ -115,9 +115,8 @@ def test_the_accuracy_of_a_fold_is_by_settings_from_the_other_folds():
 
 def test_images_of_one_group_are_left_out_together():
     objects = np.arange(10).repeat(6)
-    examples = made_up(
-        6, classes=10, noise=0.03
-    )  # six views of each object, whose classes are drawn at random
+    # Six views of each object, whose classes are drawn at random
+    examples = made_up(6, classes=10, noise=0.03)
     examples = Examples(examples.images, torch.from_numpy(objects % 3), torch.eye(3, 12), 12)
     alone, together = fit_few_shot(examples), fit_few_shot(examples, groups=objects)
     assert (alone.accuracy.value > 0.9, together.accuracy.value < 0.6) == (True, True)
@@ -196,9 +195,8 @@ def test_a_class_without_images_is_found_by_its_name():
     examples, test = made_up(6, noise=0.2), made_up(40, noise=0.2, seed=3)
     head = fit_few_shot(examples.take(examples.labels != 2))
     assert all(form.name_weight > 0 for form in head.mixture)
-    assert head.shots == pytest.approx(
-        (10 * 20 + 4 * 5 * 25) / 30 / 5
-    )  # folds of 10 and four of 5 images
+    # Folds of 10 and four of 5 images
+    assert head.shots == pytest.approx((10 * 20 + 4 * 5 * 25) / 30 / 5)
     assert accuracy(head, test.take(test.labels == 2)) > 0.5
 
 
@@ -208,9 +206,8 @@ def test_many_images_are_weighed_on_some_of_them():
 
 
 def test_the_center_is_the_mean_of_class_means():
-    examples = made_up(4).take(
-        torch.arange(24) > 2
-    )  # one image of the first class, four of the others
+    # One image of the first class, four of the others
+    examples = made_up(4).take(torch.arange(24) > 2)
     means = [
         halves(examples.images[examples.labels == label], 12).mean(dim=0) for label in range(6)
     ]

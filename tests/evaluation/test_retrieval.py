@@ -104,13 +104,11 @@ def test_a_caption_that_two_images_share():
             images, [("cat",), ("cat", "tail"), ("dog",)], torch.tensor([cat, cat, tail, dog])
         )
     )
-    assert (
-        result.text_to_image.r1 == 1.0
-    )  # the second cat's caption finds the first cat; "tail" finds its own
+    # The second cat's caption finds the first cat; "tail" finds its own
+    assert result.text_to_image.r1 == 1.0
     assert result.image_to_text.r1 == 1.0
-    assert result.image_to_text.chance1 == pytest.approx(
-        (1 + 2 + 1) / 3 / 3
-    )  # among three distinct captions
+    # Among three distinct captions
+    assert result.image_to_text.chance1 == pytest.approx((1 + 2 + 1) / 3 / 3)
     alone = retrieve(
         features_of(
             images, [("cat",), ("a cat", "tail"), ("dog",)], torch.tensor([cat, cat, tail, dog])

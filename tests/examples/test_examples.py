@@ -218,10 +218,8 @@ def test_word_classification_is_the_plain_loop():
         for name in ("token_columns", "word_targets", "word_cross_entropy")
     )
     texts = torch.tensor([[[90, 7, 3, 7, 91, 3], [90, 5, 91, 0, 0, 0]]]).repeat(2, 1, 1)
-    word_ids, idf = (
-        torch.tensor([0, 3, 5, 7]),
-        torch.tensor([0.7, 0.1, 0.2, 0.9], dtype=torch.float64),
-    )
+    word_ids = torch.tensor([0, 3, 5, 7])
+    idf = torch.tensor([0.7, 0.1, 0.2, 0.9], dtype=torch.float64)
     logits = (9 * torch.randn(2, 2, 4, dtype=torch.float64)).requires_grad_()
     targets = word_targets(token_columns(texts, word_ids, 91).transpose(0, 1).flatten(1), idf)
     found, losses = word_cross_entropy(logits, targets), []

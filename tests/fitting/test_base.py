@@ -41,10 +41,8 @@ def test_evaluation_computes_the_towers_once(start, monkeypatch):
 
 
 def test_heads_are_fitted_in_the_precision_of_training(start):
-    base, images = (
-        Base(declip.load(start, device="cpu"), precision="bf16"),
-        torch.randn(3, 3, 32, 32),
-    )
+    base = Base(declip.load(start, device="cpu"), precision="bf16")
+    images = torch.randn(3, 3, 32, 32)
     exact, rounded = base.pool_exact(images), base.pool_images(images)
     assert not torch.equal(exact, rounded)
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)

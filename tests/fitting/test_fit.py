@@ -411,9 +411,8 @@ def test_features_are_computed_in_the_precision_of_the_recipe(run, folder, tmp_p
 def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(
     run, folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(
-        "declip.closed_form.heads.START_CAUTION", -9.0
-    )  # another candidate than the start
+    # Another candidate than the start
+    monkeypatch.setattr("declip.closed_form.heads.START_CAUTION", -9.0)
     monkeypatch.setattr("declip.closed_form.heads.beats", lambda *_: True)
     rows = (folder / "pairs.csv").read_text().splitlines()
     words = [row.split(",", 1)[1] for row in rows[1:]]
@@ -498,9 +497,8 @@ def test_the_interval_of_the_gain_decides_what_is_said(gain, verdict, advice):
 
 def test_a_gain_whose_interval_contains_0_is_not_called_better(folder, tmp_path):
     rows = [row.split(",", 1) for row in (folder / "pairs.csv").read_text().splitlines()]
-    order = np.random.default_rng(7).permutation(
-        COUNT
-    )  # captions of other images; by chance some fit
+    # Captions of other images; by chance some fit
+    order = np.random.default_rng(7).permutation(COUNT)
     images = [rows[1 + 2 * image][0] for image in order.repeat(2)]
     table = [
         f"{folder / image},{caption}" for image, (_, caption) in zip(images, rows[1:], strict=True)
@@ -608,10 +606,8 @@ def test_heads_are_applied_after_the_projections_of_their_start(more, run):
     if more == "neighbors":
         add_neighbors(model, 20, weights)
     adapted = Adapted(Base(model, projected=True, name="start"), heads, 7.0)
-    images, tokens = (
-        model.preprocess([texture(0), texture(1)]),
-        model.tokenize(["red circle", "blue"]),
-    )
+    images = model.preprocess([texture(0), texture(1)])
+    tokens = model.tokenize(["red circle", "blue"])
     with torch.no_grad():
         expected = heads.similarities(model.encode_image(images), model.encode_text(tokens))
         found = adapted.encode_image(images) @ adapted.encode_text(tokens).mT

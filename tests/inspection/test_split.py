@@ -144,9 +144,8 @@ def test_pairs_that_the_start_was_trained_on_are_not_held_out(pairs, tmp_path, c
     assert len(val) >= 3
     assert val.min() >= 30
     assert caplog.text == ""
-    assert (
-        split_pairs(source, seen=source).val.tolist() == split_pairs(source).val.tolist()
-    )  # nearly all were
+    # Nearly all were
+    assert split_pairs(source, seen=source).val.tolist() == split_pairs(source).val.tolist()
     assert "--val" in caplog.text
 
 

@@ -41,20 +41,17 @@ def exported(request, tmp_path_factory):
     """A model with the authors' preprocessing, and its folder."""
     if request.param == "onnx":
         return request.getfixturevalue("onnx_clip")
-    model, folder = (
-        build("vit-clip-words", **PIXELS),
-        tmp_path_factory.mktemp("exported") / request.param,
-    )
+    model = build("vit-clip-words", **PIXELS)
+    folder = tmp_path_factory.mktemp("exported") / request.param
     declip.export(model, request.param, folder)
     return model, folder
 
 
 def files():
     """Files whose pixels are not plain RGB in the order in which they are seen."""
-    photograph, exif = (
-        pictures()[0].resize((91, 64)),
-        Image.Exif(),
-    )  # 36 x 51 pixels: the crop begins at 9.5
+    # 36 x 51 pixels: the crop begins at 9.5
+    photograph = pictures()[0].resize((91, 64))
+    exif = Image.Exif()
     exif[0x0112] = 6
     fade = Image.linear_gradient("L").resize(photograph.size)
     clear = Image.merge("RGBA", (*photograph.split(), fade))

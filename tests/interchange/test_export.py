@@ -480,10 +480,8 @@ def test_a_clip_with_other_ids_of_words_keeps_open_clips_modules(tmp_path):
     vocabulary = content["model"]["vocab"]
     vocabulary["a</w>"], vocabulary["b</w>"] = vocabulary["b</w>"], vocabulary["a</w>"]
     file.write_text(json.dumps(content))
-    model, theirs = (
-        declip.load(tmp_path / "theirs"),
-        open_clip.get_tokenizer(f"local-dir:{tmp_path / 'theirs'}"),
-    )
+    model = declip.load(tmp_path / "theirs")
+    theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'theirs'}")
     assert isinstance(model.image_tower, WrappedImageTower)
     assert torch.equal(model.tokenize(PLAIN[:2]), theirs(PLAIN[:2]))
 

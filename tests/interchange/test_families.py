@@ -96,13 +96,10 @@ def test_onnx_gives_the_same_features(open_family, tmp_path):
     # The exporter takes a second for each block.
     del model.image_tower.trunk.trunk.blocks[1:], model.text_tower.trunk.transformer.resblocks[1:]
     out = export_exactly(model, "onnx", tmp_path / "out")
-    about, tokens = (
-        json.loads((out / "config.json").read_text()),
-        model.tokenize(CAPTIONS[0])[0].tolist(),
-    )
-    ids = (
-        Tokenizer.from_file(str(out / "textual/tokenizer.json")).encode(CAPTIONS[0]).ids
-    )  # this needs no cleaning
+    about = json.loads((out / "config.json").read_text())
+    tokens = model.tokenize(CAPTIONS[0])[0].tolist()
+    # This needs no cleaning
+    ids = Tokenizer.from_file(str(out / "textual/tokenizer.json")).encode(CAPTIONS[0]).ids
     assert ids == tokens[: len(ids)]
     assert (about["preprocess_cfg"]["resize_mode"], about["logit_bias"]) == (
         "squash",
@@ -165,17 +162,14 @@ def test_training_moves_every_parameter_and_resumes_to_the_bit(family, own_file,
 def test_a_run_with_adapters_is_merged_when_it_is_loaded(family, own_file, table, tmp_path):
     lora = {"finetune.lora": {"rank": 2}, "finetune.layer_decay": 1.0, "train.checkpoint_every": 2}
     trainer = trainer_of(tuned(table, own_file(family), **lora), tmp_path)
-    before, learned, tokens = (
-        state(trainer),
-        trainer.state.model,
-        trainer.state.model.tokenize(CAPTIONS),
-    )
+    before = state(trainer)
+    learned = trainer.state.model
+    tokens = trainer.state.model.tokenize(CAPTIONS)
     trainer.train()
     adapters = {n for n in before if MARK in n}
     after = learned.state_dict()
-    assert len(moved(before, after) & adapters) > 0.9 * len(
-        adapters
-    )  # behind a ReLU some have no gradient
+    # Behind a ReLU some have no gradient
+    assert len(moved(before, after) & adapters) > 0.9 * len(adapters)
     for name in before.keys() - adapters - {"logit_scale", "logit_bias"}:
         # peft adds to torch's attention and subtracts.
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
@@ -196,10 +190,8 @@ LENGTHS = {"eva": 6, "coca": 20, "biomedclip": 24}
 @pytest.mark.parametrize("family", LENGTHS)
 def test_positions_are_stretched_or_cut(family, open_family, table, tmp_path):
     weights, length = open_family(family)[0], LENGTHS[family]
-    recipe, old = (
-        tuned(table, weights.origin, **{"text.context_length": length}),
-        weights.recipe.text.context_length,
-    )
+    recipe = tuned(table, weights.origin, **{"text.context_length": length})
+    old = weights.recipe.text.context_length
     model = assemble(recipe, tmp_path / "run", quiet=True).model.eval()
     own, tokens = model.state_dict(), model.tokenize(CAPTIONS)
     other = [n for n, t in weights.tensors.items() if n != ENTRY and not torch.equal(own[n], t)]

@@ -254,9 +254,8 @@ def test_files_are_preprocessed_as_by_the_authors(name, tmp_path):
     lazy = torch.stack(
         [model.preprocessor.fast(open_image(path, "x")) for path in sorted(tmp_path.iterdir())]
     )
-    assert (
-        largest(model.encode_image(model.preprocessor.normalize(lazy)), expected) <= 0.02
-    )  # of Pillow: a level apart
+    # Of Pillow: a level apart
+    assert largest(model.encode_image(model.preprocessor.normalize(lazy)), expected) <= 0.02
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,8 @@ def half(content, name):
 
 
 NORM, CLIP = "visual.ln_post.weight", ("visual.conv1.weight", "visual.proj", "logit_scale")
-NOT_OFFICIAL, UNREADABLE = (
-    "not weights of the official implementation",
-    "Cannot read weights from '{name}'",
-)
+NOT_OFFICIAL = "not weights of the official implementation"
+UNREADABLE = "Cannot read weights from '{name}'"
 THEIRS = "open_clip:MODEL/FILE"
 ONNX = b"\x08\x08\x12\x07pytorch"
 TORCHVISION = {

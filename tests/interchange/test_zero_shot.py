@@ -113,9 +113,8 @@ def test_projections_do_not_depend_on_the_order_of_sums():
         second[name] = second[name][back]
     for name, first in of_order.items():
         assert torch.equal(first, second[name]), name
-        assert torch.equal(
-            first * 2**24, (first * 2**24).round()
-        )  # above the noise of 1e-14 of full-size towers
+        # Above the noise of 1e-14 of full-size towers
+        assert torch.equal(first * 2**24, (first * 2**24).round())
 
 
 @pytest.mark.parametrize(
@@ -139,10 +138,9 @@ def test_formats_of_linear_projections_lack_the_rest(format, lacks, tmp_path):
 
 
 def test_a_linear_projection_ignores_the_mean_direction_also_after_steps_of_adam():
-    projection, pooled = (
-        PosteriorProjection(16, 3, 8),
-        torch.randn(4, 16),
-    )  # random weights have a part in it
+    # random weights have a part in it
+    projection = PosteriorProjection(16, 3, 8)
+    pooled = torch.randn(4, 16)
     projection.direction.copy_(F.normalize(torch.randn(16), dim=0))
     torch.testing.assert_close(
         projection.linear()(pooled + projection.direction), projection.linear()(pooled)
@@ -218,9 +216,8 @@ def test_a_classifier_in_half_precision_is_computed_with_in_float32():
 def test_an_image_classifier_of_timm_with_a_text_encoder_is_a_model_without_pairs(tmp_path):
     torch.manual_seed(0)
     bert(tmp_path / "bert")
-    save_file(
-        timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors"
-    )  # 1,000 classes
+    # 1,000 classes
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
     name = f"timm:test_vit/{tmp_path / 'vit.safetensors'}+{tmp_path / 'bert'}"
     start, image = read_start(name), read_start(name.partition("+")[0])
     assert (start.has_text, start.projected, image.has_text) == (True, False, False)
@@ -283,10 +280,8 @@ def test_names_and_definitions_become_texts_of_their_class(tmp_path):
 
 def test_measured_features_are_those_of_the_same_names_alone(tmp_path):
     classes = Classes(torch.ones(2, 3), torch.zeros(3), ("apple", "pear"), ("", ""))
-    stored, file = (
-        torch.tensor([[127, 0], [-64, 127]], dtype=torch.int8),
-        tmp_path / "names.safetensors",
-    )
+    stored = torch.tensor([[127, 0], [-64, 127]], dtype=torch.int8)
+    file = tmp_path / "names.safetensors"
     scales = torch.tensor([[0.1], [1.0]])
     save_file(
         {"features": stored, "scales": scales}, file, {"texts": texts_digest(["apple", "pear"])}

@@ -31,10 +31,8 @@ def test_the_name_of_weights_is_not_an_image_tower(name):
 
 def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing():
     tower = ImageTower("resnet50_clip", size=100, embed_dim=24, options={"depths": [1, 1, 1, 1]})
-    before, random = (
-        {name: tensor.clone() for name, tensor in tower.state_dict().items()},
-        torch.get_rng_state(),
-    )
+    before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+    random = torch.get_rng_state()
     refuses(
         r"'resnet50_clip' does not take images of 100 × 100 pixels",
         tower.refuse_size,

@@ -43,10 +43,8 @@ def test_smoothing_takes_away_noise_keeps_the_level_and_skips_gaps():
 
 
 def test_a_value_over_the_steps_has_all_spikes_and_a_small_picture():
-    steps, values = (
-        np.arange(10, 200_010, 10),
-        np.linspace(5, 1, 20_000) + np.random.default_rng(0).normal(size=20_000),
-    )
+    steps = np.arange(10, 200_010, 10)
+    values = np.linspace(5, 1, 20_000) + np.random.default_rng(0).normal(size=20_000)
     values[123], values[200], values[300] = 1e4, np.nan, np.inf
     chart = value_chart("total", steps, values)
     assert len(chart.svg("x")) < 40_000
@@ -80,9 +78,8 @@ def test_curves_show_means_intervals_seeds_and_chance():
     )
     assert [text.get_text() for text in ax.get_xticklabels()] == ["1k", "2k", "4k", "8k"]
     wide = outcome(study(seeds=(0, 1)), value=lambda trial: 0.3 + 0.05 * trial.seed)
-    assert (
-        35 < axes(curves(wide)).get_ylim()[1] < 55
-    )  # the interval of two seeds reaches up to 64 %
+    # The interval of two seeds reaches up to 64 %
+    assert 35 < axes(curves(wide)).get_ylim()[1] < 55
 
 
 def test_strange_names_are_escaped_and_svgs_take_their_colors_from_the_page_and_share_no_ids():

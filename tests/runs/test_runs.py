@@ -254,9 +254,8 @@ def test_a_crash_in_the_middle_of_removing_leaves_no_part(tmp_path, monkeypatch)
 def test_a_snapshot_is_written_in_a_thread_as_it_was_taken(tmp_path, monkeypatch):
     go, save, live = threading.Event(), checkpoints.save_tensors, sample(1)
     monkeypatch.setattr(checkpoints, "save_tensors", lambda *given: go.wait(10) and save(*given))
-    odd = torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(
-        torch.float32
-    )  # NaN with payloads, a denormal
+    # NaN with payloads, a denormal
+    odd = torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(torch.float32)
     live.weights |= {
         "model.odd": odd,
         "model.half": torch.randn(5, 4).bfloat16().T,

@@ -65,9 +65,8 @@ def test_vectors_are_the_models_and_keys_the_sources(model, folder, tmp_path):
 def test_an_index_in_another_precision_is_searched_and_updated(
     weights_file, folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}
-    )  # emulated where it is false
+    # Emulated where it is false
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     index = declip.embed(weights_file, folder, out=tmp_path / "index", device="cpu")
     assert index.info.precision == "bf16"
     found = declip.Index.open(tmp_path / "index", device="cpu").search(

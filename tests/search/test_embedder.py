@@ -80,9 +80,8 @@ def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeyp
     )
     for number, span in enumerate((range(5), range(5, 24))):
         made.select(span).to_parquet(str(tmp_path / f"{number}.parquet"))
-    made.select(range(24, 27)).to_parquet(
-        str(tmp_path / "-.parquet")
-    )  # the first file has errors alone
+    # The first file has errors alone
+    made.select(range(24, 27)).to_parquet(str(tmp_path / "-.parquet"))
     files, out = str(tmp_path / "*.parquet"), tmp_path / "index"
     index = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
     own = declip.embed(

@@ -226,10 +226,8 @@ def test_the_sheet_shows_what_was_found(made, folder):
 
 
 def test_a_sheet_of_images_that_are_gone_is_an_error(weights_file, folder, command, tmp_path):
-    made, sheet = (
-        declip.embed(weights_file, folder, out=tmp_path / "index", workers=0),
-        tmp_path / "sheet.png",
-    )
+    made = declip.embed(weights_file, folder, out=tmp_path / "index", workers=0)
+    sheet = tmp_path / "sheet.png"
     search = (
         "search",
         made.folder,
@@ -280,9 +278,8 @@ def test_the_files_of_an_index_are_read_by_other_programs(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_nearest_equals_a_loop_in_float64(dtype, monkeypatch):
     monkeypatch.setattr("declip.search.index.ROWS", 30)
-    monkeypatch.setattr(
-        "declip.search.index.BLOCK_BYTES", 4 * 24 * 7
-    )  # 7 rows: blocks do not divide the parts
+    # 7 rows: blocks do not divide the parts
+    monkeypatch.setattr("declip.search.index.BLOCK_BYTES", 4 * 24 * 7)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(100, 24, generator=generator).to(dtype)
     queries = torch.randn(5, 24, generator=generator)

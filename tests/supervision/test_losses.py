@@ -86,10 +86,8 @@ def loop_late(images, words, image_keys, word_keys, scale, offset):
 
     every, lengths = [4] * BATCH, LENGTHS.tolist()
     own = lengths[offset : offset + len(words)]
-    to_text, to_image = (
-        logits(images, word_keys, every[: len(own)], lengths),
-        logits(words, image_keys, own, every),
-    )
+    to_text = logits(images, word_keys, every[: len(own)], lengths)
+    to_image = logits(words, image_keys, own, every)
     return (loop(to_text, offset) + loop(to_image, offset)) / 2
 
 

@@ -134,10 +134,8 @@ def test_a_base_view_is_for_the_contrast_alone():
     model, objective = parts(WEIGHTS["slip"])
     three = random_batch(views=3)
     terms = objective(model, three)
-    images, texts = (
-        model.encode_image(three.views["contrastive"].pixels),
-        model.encode_text(three.masked),
-    )
+    images = model.encode_image(three.views["contrastive"].pixels)
+    texts = model.encode_text(three.masked)
     expected = contrastive.info_nce(images, texts, images, texts, model.logit_scale.exp())
     torch.testing.assert_close(terms["contrastive"], expected)
     model, objective = parts(WEIGHTS["slip"])
@@ -153,10 +151,8 @@ def test_one_image_view_meets_both_captions():
     objective(model, batch)
     objective.after_step(model)
     terms, queue, scale = objective(model, batch), known(objective), model.logit_scale.exp()
-    image, texts = (
-        model.encode_image(batch.views["first"].pixels),
-        [*map(model.encode_text, batch.texts)],
-    )
+    image = model.encode_image(batch.views["first"].pixels)
+    texts = [*map(model.encode_text, batch.texts)]
     nearest = [queue[(text @ queue.T).argmax(dim=1)] for text in texts]
     expected = {
         "contrastive": contrastive.info_nce(image, texts[0], image, texts[0], scale),

@@ -28,11 +28,9 @@ def part(features, start, size):
 @every_term
 @in_blocks_too
 def test_gradients_are_finite_differences(features, name, limit):
-    term, count, scale = (
-        TERMS[name][0],
-        len(features),
-        torch.tensor(3.0, dtype=torch.float64, requires_grad=True),
-    )
+    term = TERMS[name][0]
+    count = len(features)
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     rows = [x.detach().clone().requires_grad_() for x in part(features, 1, 2)]
     inputs, quick = (*rows, *features, scale), name == "late_interaction"
     assert torch.autograd.gradcheck(

@@ -94,9 +94,8 @@ def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
     whole = declip.train(recipe, out=tmp_path / "whole", quiet=True, report=False, terms=terms)
     run = declip.train(recipe, out=tmp_path / "run", quiet=True, terms=terms, callbacks=[sink])
     assert (run.finished, run.step, sink.close.call_count) == (False, 5, 1)
-    refuses(
-        r"loss_weights\.mine", declip.train, recipe, out=tmp_path / "run", resume=True
-    )  # it is needed again
+    # It is needed again
+    refuses(r"loss_weights\.mine", declip.train, recipe, out=tmp_path / "run", resume=True)
     more = {"resume": True, "quiet": True, "report": False}
     run = declip.train(recipe, out=tmp_path / "run", **more, terms=terms, callbacks=[sink])
     same_end(whole.folder, run.folder)

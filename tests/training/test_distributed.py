@@ -52,9 +52,8 @@ def random_batch(recipe, seed):
     for row, end in enumerate(torch.randint(4, LENGTH, (BATCH,), generator=generator).tolist()):
         texts[:, row, end], texts[:, row, end + 1 :] = tokenizer.end, 0
     masked, labels = texts[0].clone(), torch.full((BATCH, LENGTH), -100)
-    for row, count in enumerate(
-        (1, 0, 2, 1, 0, 3, 1, 1)
-    ):  # ranks hold different numbers of masked words
+    # Ranks hold different numbers of masked words
+    for row, count in enumerate((1, 0, 2, 1, 0, 3, 1, 1)):
         labels[row, 1 : 1 + count], masked[row, 1 : 1 + count] = (
             texts[0, row, 1 : 1 + count],
             tokenizer.mask,

@@ -55,9 +55,8 @@ def _meet_twice(rank, folder):
 
 
 def test_the_processes_of_a_run_can_begin_another(tmp_path, monkeypatch):
-    server = torch.distributed.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )  # torchrun's own
+    # torchrun's own
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for name, value in {"ADDR": "127.0.0.1", "PORT": server.port}.items():
         monkeypatch.setenv(f"MASTER_{name}", str(value))
     monkeypatch.setenv("WORLD_SIZE", "2")

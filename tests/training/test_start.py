@@ -33,10 +33,8 @@ from training.starts import STATISTICS, VIT, last, moved, state, trainer_of, tun
 def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path, start):
     trainer = trainer_of(tuned(table, start), tmp_path)
     checkpoint = load_checkpoint(list_checkpoints(start)[-1])
-    given, heads = (
-        without_prefix("model", checkpoint.weights),
-        without_prefix("objective", checkpoint.training),
-    )
+    given = without_prefix("model", checkpoint.weights)
+    heads = without_prefix("objective", checkpoint.training)
     assert not moved(given, state(trainer))
     own = dict(trainer.state.objective.named_parameters())
     assert not moved(own, heads)
@@ -111,9 +109,8 @@ def test_positions_are_resized_as_timm_does(table, tmp_path, start):
     torch.testing.assert_close(own.pop(name), resample_abs_pos_embed(given[name], [6, 6], [4, 4]))
     assert not moved(own, given)
     assert trainer.state.model.preprocessor.size == trainer.state.recipe.image.size == 48
-    write_declip_file(
-        model := build("resnet"), tmp_path / "resnet.safetensors"
-    )  # with a pool of attention
+    # With a pool of attention
+    write_declip_file(model := build("resnet"), tmp_path / "resnet.safetensors")
     trainer = trainer_of(
         tuned(table, tmp_path / "resnet.safetensors", image_size=96), tmp_path / "run"
     )
@@ -179,10 +176,8 @@ def test_timm_weights_start_the_image_tower_alone(table, tmp_path):
     trainer = trainer_of(
         tuned(table, where, freeze_image_blocks="all", image_size=32), tmp_path / "r"
     )
-    small, pictures = (
-        timm.create_model("test_vit", num_classes=0, img_size=32),
-        torch.randn(2, 3, 32, 32),
-    )
+    small = timm.create_model("test_vit", num_classes=0, img_size=32)
+    pictures = torch.randn(2, 3, 32, 32)
     positions = resample_abs_pos_embed(weights["pos_embed"], [2, 2], num_prefix_tokens=1)
     small.load_state_dict({**weights, "pos_embed": positions})
     with torch.no_grad():

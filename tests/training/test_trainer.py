@@ -127,10 +127,8 @@ def test_a_run_of_another_recipe_is_not_resumed(table, tmp_path):
     train(recipe_for(table), out=run, quiet=True, report=False)
     with pytest.raises(UserError, match=r"lr was 0\.001.*steps was 8.*finetune\.pretrained"):
         train(recipe_for(table, lr=2e-3, steps=9), out=run, resume=True, quiet=True, report=False)
-    rows, other = (
-        (run / "metrics.jsonl").read_text(),
-        recipe_for(table, checkpoint_every=3, keep_checkpoints=9),
-    )
+    rows = (run / "metrics.jsonl").read_text()
+    other = recipe_for(table, checkpoint_every=3, keep_checkpoints=9)
     assert train(other, out=run, resume=True, quiet=True, report=False).finished
     assert (run / "metrics.jsonl").read_text() == rows
 

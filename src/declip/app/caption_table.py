@@ -166,10 +166,8 @@ class CaptionTable:
 
     def _changed(self, file: CaptionFile, change: Change) -> bytes:
         own = [row for owner, row in self._known(file) if owner == change.id]
-        captioned, empty = (
-            [row for row in own if row.caption],
-            [row for row in own if not row.caption],
-        )
+        captioned = [row for row in own if row.caption]
+        empty = [row for row in own if not row.caption]
         if (known := [row.caption for row in captioned]) != change.seen:
             now = "; ".join(known) or "none"
             raise HTTPException(

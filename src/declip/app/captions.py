@@ -119,11 +119,9 @@ class Captioning:
         texts = list(dict.fromkeys(texts))
         if not texts:
             return []
-        image, features, heads = (
-            self.state.index.vectors([id]),
-            self.state.text_vectors(texts),
-            self._heads,
-        )
+        image = self.state.index.vectors([id])
+        features = self.state.text_vectors(texts)
+        heads = self._heads
         if heads is None:
             cosines = image @ features.mT
         else:

@@ -21,10 +21,9 @@ from declip.io.atomic import write_text
 
 PAGE = 24  # pairs or groups that are sent at a time
 MEMBERS = 12  # images of a group that are shown
-BLOCK, QUERIES = (
-    4_096,
-    512,
-)  # rows whose vectors are in memory at a time, and images that are searched at a time
+# rows whose vectors are in memory at a time, and images that are searched at a time
+BLOCK = 4_096
+QUERIES = 512
 BARS = 40  # bars of the histogram
 NEAREST = 8  # nearest images of each image: larger groups are joined through several members
 # Of all captions, the worst share that is listed at first: so at most this share of right captions is listed, in any
@@ -32,9 +31,8 @@ NEAREST = 8  # nearest images of each image: larger groups are joined through se
 LISTED, LOWEST_RANK = 0.02, 0.5
 DIGITS = 3  # of a limit, as the page shows it
 LOWEST = 0.8  # cosine below which two images are never shown as near-duplicates
-MOST_COMPARED = (
-    50_000  # images that are compared with each other, which takes about a minute on two cores
-)
+# Images that are compared with each other, which takes about a minute on two cores
+MOST_COMPARED = 50_000
 # Tolerance of thresholds: copies of an image have cosines of 0.9999 to 1.0001 in float16; the page shows 3 digits.
 ROUNDING = 5e-4
 HINT = "choose a writable folder with --index"

@@ -17,10 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from declip.data.images.decode import decode
 from declip.data.pair import BrokenPair, on_one_line
 
-LARGEST_UPLOAD, LARGEST_JSON = (
-    20 << 20,
-    2 << 20,
-)  # bytes of an uploaded image, and of JSON: the ids of 200,000 pairs
+# bytes of an uploaded image, and of JSON: the ids of 200,000 pairs
+LARGEST_UPLOAD = 20 << 20
+LARGEST_JSON = 2 << 20
 MOST_PIXELS = 50_000_000  # pixels of an uploaded image, more than those of cameras and phones
 SECONDS = 60  # time in which a body must arrive
 

@@ -33,9 +33,8 @@ class AppState:
     index: Index
     model_path: str
     captioning: Any = None  # `declip.app.captions.Captioning`, with --caption
-    version: str = field(
-        default_factory=lambda: secrets.token_hex(4)
-    )  # no browser shows images of an earlier index
+    # No browser shows images of an earlier index
+    version: str = field(default_factory=lambda: secrets.token_hex(4))
     stopped: threading.Event = field(default_factory=threading.Event)  # once set, comparisons end
     compared: dict[object, Any] = field(default_factory=dict)
     vectors: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # by text and template

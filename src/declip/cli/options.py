@@ -176,10 +176,8 @@ def reads_images(
     @wraps(command)
     def run(**given: Any) -> None:
         reading = {name: given.pop(name) for name in options}
-        image, names = (
-            reading.pop("image_column"),
-            [*filter(None, reading.pop("caption_column", []))],
-        )
+        image = reading.pop("image_column")
+        names = [*filter(None, reading.pop("caption_column", []))]
         captions = names[0] if len(names) == 1 else names or None
         reading["columns"] = Columns(image, captions, root=reading.pop("image_root"))
         if "quiet" in reading:

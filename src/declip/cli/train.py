@@ -210,10 +210,8 @@ def evaluate(
         raise UserError(
             f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column."
         )
-    device, table = (
-        reading.pop("device"),
-        {"label_column": label_column, "columns": reading.pop("columns")},
-    )
+    device = reading.pop("device")
+    table = {"label_column": label_column, "columns": reading.pop("columns")}
     options = Options(templates=templates, shots=shots or [4], **reading)
     opened = (
         []

@@ -13,16 +13,14 @@ from declip.closed_form.axes import PrincipalAxes
 from declip.closed_form.neighbors import Neighbors
 
 ROWS = 8_192  # images that are converted at a time
-LEAST_SLOPE = (
-    1e-3  # of embeddings on those of their pairs, where the model is no better than chance
-)
+# Of embeddings on those of their pairs, where the model is no better than chance
+LEAST_SLOPE = 1e-3
 OWN_MEAN = 10  # training images that weigh as much as the start's mean feature
 # Of class posteriors as features. 0.5 costs half a point of R@10 with 31 emoji and icons, whose classes are unsure and
 # where small powers have a length; 1 costs a point of R@1 on clip art (benchmarks/results/few/posteriors.jsonl).
 POSTERIOR_POWER = 0.7
-MOST_CLASSES = (
-    2_000  # whose posteriors are features: the time of a fit grows with the cube of their number
-)
+# Whose posteriors are features: the time of a fit grows with the cube of their number
+MOST_CLASSES = 2_000
 
 
 Sides = tuple[Tensor, Tensor]
@@ -161,9 +159,8 @@ def raw_heads(
 
 def mix(start: Heads, end: Heads, alpha: float) -> Heads:
     """Heads of (1 - alpha) · start + alpha · end, as maps of image features to text features of norm 1."""
-    width = max(
-        heads.image.shape[1] for heads in (start, end)
-    )  # without weight the posteriors have no columns
+    # Without weight the posteriors have no columns
+    width = max(heads.image.shape[1] for heads in (start, end))
     products = (
         pad(heads.image.double(), (0, width - heads.image.shape[1])).mT @ heads.text.double()
         for heads in (start, end)
@@ -210,9 +207,8 @@ def solve(
     A ridge refers to the mean variance of `widths` directions, by default all.
     """
     *sides, crossed = moments
-    (x_variances, x_axes), (y_variances, y_axes) = map(
-        PrincipalAxes.of, sides
-    )  # the dominant cost: O(v³)
+    # The dominant cost: O(v³)
+    (x_variances, x_axes), (y_variances, y_axes) = map(PrincipalAxes.of, sides)
     variances = x_variances, y_variances
     means = [
         side.sum() / width
@@ -331,10 +327,8 @@ def regression_rows(
             centers = classifier.class_features()
         texts = torch.cat([texts, classes.texts])
         counts = torch.bincount(classes.owners)[classes.owners].double()
-        weights, owners = (
-            torch.cat([weights, class_weight / counts]),
-            torch.cat([owners, len(own) + classes.owners]),
-        )
+        weights = torch.cat([weights, class_weight / counts])
+        owners = torch.cat([owners, len(own) + classes.owners])
     images = torch.empty(len(own) + len(centers), centers.shape[1], dtype=dtype)
     images[len(own) :] = centers
     for part, converted in zip(own.split(ROWS), images[: len(own)].split(ROWS), strict=True):

@@ -55,12 +55,10 @@ class FactorAt:
 
     pairs: int
     value: float
-    needed: (
-        float | None
-    )  # interpolated number of pairs of A for the same value; None outside of the curve of A
-    outside: str = (
-        ""  # "below" if A exceeds it with its fewest pairs, "above" if no mean of A reaches it
-    )
+    # Interpolated number of pairs of A for the same value; None outside of the curve of A
+    needed: float | None
+    # "below" if A exceeds it with its fewest pairs, "above" if no mean of A reaches it
+    outside: str = ""
 
     @property
     def factor(self) -> float | None:
@@ -74,9 +72,8 @@ class Factor:
 
     at: tuple[FactorAt, ...]
     mean: float | None  # geometric mean over those within the curve of A; None if there are none
-    low: float | None = (
-        None  # 95 % interval of `mean` by Student's t over paired seeds; None without at least two
-    )
+    # 95 % interval of `mean` by Student's t over paired seeds; None without at least two
+    low: float | None = None
     high: float | None = None
     overlapping: bool = False  # whether both have 95 % intervals of their means, which overlap at every number of pairs
 
@@ -237,10 +234,8 @@ def by_measure(rows: Iterable[Mapping[str, Any]]) -> dict[str, Result]:
 
 def compared_factors(study: Study, curves: Curves) -> dict[str, Factor | None]:
     """The factor of each other variant over the baseline, by name; None before both were measured."""
-    baseline, others = (
-        curves[study.baseline],
-        [name for name in study.names if name != study.baseline],
-    )
+    baseline = curves[study.baseline]
+    others = [name for name in study.names if name != study.baseline]
     return {
         name: factor(curves[name], baseline) if curves[name].pairs and baseline.pairs else None
         for name in others

@@ -39,11 +39,10 @@ from declip.training.state import Extensions, versions
 from declip.training.trainer import Trainer
 
 RESULTS = "results.json"
-ROUNDS, WARM, TIMED = (
-    3,
-    3,
-    8,
-)  # rounds of timing, and steps per round: warm-up fills caches and chooses kernels
+# rounds of timing, and steps per round: warm-up fills caches and chooses kernels
+ROUNDS = 3
+WARM = 3
+TIMED = 8
 WITHOUT_EVALUATION: dict[str, Any] = {
     "evaluation.zero_shot": (),
     "evaluation.retrieval": (),
@@ -163,10 +162,8 @@ def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:
 
 def _timed(study: Study, quiet: bool) -> Study:
     """Time a step of the new variants, loading included, and set the steps that fit the budget."""
-    first, new = (
-        study.variants[0],
-        [variant for variant in study.variants if variant.seconds is None],
-    )
+    first = study.variants[0]
+    new = [variant for variant in study.variants if variant.seconds is None]
     if not new:
         return study
     # --- in turns with the first variant, so that a machine that slows down does so for all of them

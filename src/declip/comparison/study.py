@@ -31,9 +31,8 @@ class Variant:
     name: str
     recipe: str  # a shipped recipe's name or a YAML file
     overrides: Mapping[str, Any]
-    resolved: Mapping[str, Any] = field(
-        repr=False
-    )  # as it was when it joined; the recipe's file may change later
+    # As it was when it joined; the recipe's file may change later
+    resolved: Mapping[str, Any] = field(repr=False)
     steps: int  # of one run: train.steps or, at equal compute, those that fit into the budget
     seconds: float | None = None  # per step, measured at equal compute
 

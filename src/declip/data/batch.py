@@ -206,16 +206,14 @@ class Needs:
     """The parts of a batch that a loss reads."""
 
     views: frozenset[str] = frozenset({"first"})  # image views that it cannot do without
-    optional_views: frozenset[str] = (
-        frozenset()
-    )  # those that it also uses where the recipe has them
+    # Those that it also uses where the recipe has them
+    optional_views: frozenset[str] = frozenset()
     texts: int = 1  # number of text views
     masked: bool = False  # whether it predicts masked tokens
     tokens: bool = False  # whether it reads token states of both towers
     pre_logits: bool = False  # whether it reads the pooled image feature before the projection
-    whole_context: bool = (
-        False  # whether padding counts, so that captions are padded to the longest possible one
-    )
+    # Whether padding counts, so that captions are padded to the longest possible one
+    whole_context: bool = False
 
 
 class ViewSpec(NamedTuple):
@@ -235,9 +233,8 @@ class Plan:
     texts: int  # number of text views
     text: TextView
     mask_probability: float | None  # None: the caption is not masked
-    whole_context: (
-        bool  # whether texts are padded to the longest possible caption, since padding counts
-    )
+    # Whether texts are padded to the longest possible caption, since padding counts
+    whole_context: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     length_step: int = 8  # the length of a batch of texts is a multiple of it

@@ -25,9 +25,8 @@ from declip.data.text.tokenizer import CaptionTokenizer, padded_length
 from declip.errors import UserError
 from declip.io.pool import imap, naming_lost_workers
 
-SEEN_BEFORE_STOPPING = (
-    100  # pairs, before the fraction of broken ones can stop a run: fewer are too noisy
-)
+# Pairs, before the fraction of broken ones can stop a run: fewer are too noisy
+SEEN_BEFORE_STOPPING = 100
 
 
 Augment = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
@@ -151,9 +150,8 @@ class Assembler:
             texts=torch.stack([_pad(rows, length, padding) for rows in texts]),  # (T, B, L)
             masked=_pad([sample.masked for sample in samples], length, padding) if masks else None,
             labels=_pad([sample.labels for sample in samples], length, IGNORED) if masks else None,
-            lengths=torch.tensor(
-                [[*map(len, rows)] for rows in texts], dtype=torch.int64
-            ),  # (T, B)
+            # (T, B)
+            lengths=torch.tensor([[*map(len, rows)] for rows in texts], dtype=torch.int64),
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
             duplicate_ids=same.reshape(-1, 2) if self.plan.duplicates else None,  # (B, 2)
             skipped=skipped,

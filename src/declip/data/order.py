@@ -13,9 +13,8 @@ from declip.errors import UserError
 from declip.io.atomic import remove
 from declip.io.cache import cached_table, table_path
 
-SHUFFLE_BUFFER = (
-    50_000  # pairs shuffled together where shards are remote: five of img2dataset's shards
-)
+# Pairs shuffled together where shards are remote: five of img2dataset's shards
+SHUFFLE_BUFFER = 50_000
 BLOCKS_STREAM, GROUP_STREAM = 1, 2
 SHARED_FROM = 1_000_000  # pairs from which a machine's processes share a permutation
 ORDERS = "orders"  # its folder in the cache

@@ -19,9 +19,8 @@ from declip.io.text import percent, sanitize
 # region descriptions fifty; more mean a wrong image column.
 LONGEST_CAPTION, MOST_CAPTIONS = 20_000, 10_000
 CONTROL, SURROGATE = re.compile("[\x00-\x1f\x7f-\x9f]"), re.compile("[\ud800-\udfff]")
-MOST_SHOWN = (
-    300  # characters of a key or detail in a message: a file can name its images as it likes
-)
+# Characters of a key or detail in a message: a file can name its images as it likes
+MOST_SHOWN = 300
 EXAMPLES_KEPT = 5  # keys kept for each reason, enough to find the cause without a run's record growing with its data
 BLOCK = 1000  # pairs that are shuffled as one shard where a source has no shards
 
@@ -76,11 +75,10 @@ class BrokenPair(Exception):
     """The error of a pair that cannot be used. It is counted by its reason; the pair is never replaced by another."""
 
     def __init__(self, reason: str, key: str, detail: str = "") -> None:
-        self.reason, self.key, self.detail = (
-            reason,
-            printable(key),
-            printable(detail),
-        )  # both may quote a file
+        # both may quote a file
+        self.reason = reason
+        self.key = printable(key)
+        self.detail = printable(detail)
         super().__init__(reason, self.key, self.detail)
 
     def __str__(self) -> str:
@@ -90,9 +88,8 @@ class BrokenPair(Exception):
 class Origin(NamedTuple):
     """Where an image is stored; numbers are bytes."""
 
-    path: str = (
-        ""  # of the file or the shard, or a shard's URL; empty if the image is not in a file
-    )
+    # Of the file or the shard, or a shard's URL; empty if the image is not in a file
+    path: str = ""
     offset: int = 0
     size: int = 0  # 0: unknown
     # Identifies the content, as far as that shows without decoding it: it changes with the image,
@@ -105,9 +102,8 @@ class PairSource(ABC):
 
     name: str
     credit: str = ""  # a sentence that a license asks for wherever an image is shown
-    labels: np.ndarray | None = (
-        None  # (n,) int64, where each pair has a class, by its index in `class_names`
-    )
+    # (n,) int64, where each pair has a class, by its index in `class_names`
+    labels: np.ndarray | None = None
     class_names: Sequence[str] | None = None
     # Functions that open other splits of this dataset, such as "train" for a linear probe.
     other_splits: Mapping[str, Callable[[], PairSource]] = MappingProxyType({})

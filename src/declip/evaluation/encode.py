@@ -171,10 +171,8 @@ def encode_source(
             f"Cannot evaluate on '{source.name}': none of its {len(source)} pairs could be read. "
             f"{skipped.explanation()} Check the paths and captions."
         )
-    read_indices, captions = (
-        np.array([index for index, _ in rows]),
-        tuple(captions for _, captions in rows),
-    )
+    read_indices = np.array([index for index, _ in rows])
+    captions = tuple(captions for _, captions in rows)
     encoded = SourceFeatures(source.name, read_indices, torch.cat(parts), captions, None, skipped)
     return _with_texts(model, encoded, batch_size, progress, share) if texts else encoded
 
@@ -224,9 +222,8 @@ def encode_batches(
     read a part of a batch at a time, so that all of them read the first one.
     """
     pinned = model.device.type == "cuda"
-    size = (
-        max(map(len, batches), default=1) if pinned else READ_AT_ONCE
-    )  # joining would copy to other memory
+    # Joining would copy to other memory
+    size = max(map(len, batches), default=1) if pinned else READ_AT_ONCE
     parts = [
         batch[start : start + size] for batch in batches for start in range(0, len(batch), size)
     ]

@@ -70,9 +70,8 @@ class FewShotHead:
     center: Tensor  # (v + d,)
     width: int  # v
     mixture: Mixture
-    accuracy: Measure | None = (
-        None  # of left-out images; None without two classes of several groups
-    )
+    # Of left-out images; None without two classes of several groups
+    accuracy: Measure | None = None
     shots: float = 0.0  # images per class that the regressions of `accuracy` were fitted to
     unmeasured: int = 0  # classes that are not part of `accuracy`: all images are one group
 
@@ -275,9 +274,8 @@ def class_folds(labels: Tensor, groups: np.ndarray, seed: int = 0) -> Tensor:
     """(n,) the fold of each group of images, at random; the groups of each class are spread over all folds."""
     rng, folds = np.random.default_rng(seed), np.zeros(len(labels), np.int64)
     _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
-    for rows in by_class(
-        labels.numpy()[first][numbers]
-    ):  # a group of several classes counts for its first
+    # A group of several classes counts for its first
+    for rows in by_class(labels.numpy()[first][numbers]):
         folds[rows] = assign_folds(groups[rows], FOLDS, rng)
     return torch.from_numpy(folds)
 

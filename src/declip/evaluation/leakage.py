@@ -12,16 +12,14 @@ from declip.data.pair import PairSource
 # Of the other images with an equal value, the fraction among as many nearest ones. Three views of a product have 0.95,
 # variants of an emoji 0.8; names, kinds, authors and categories of the built-in sets have 0.5 or less.
 ALIKE = 0.5
-MOST_OTHERS, MOST_SHARE = (
-    20,
-    0.05,
-)  # other images of an object, at most: the mean, and of all images
+# other images of an object, at most: the mean, and of all images
+MOST_OTHERS = 20
+MOST_SHARE = 0.05
 LEAST_REPEATED, FEWEST = 0.1, 10  # fraction and number of images whose value is repeated
-MOST, QUERIES, BLOCK = (
-    20_000,
-    1_000,
-    100,
-)  # images compared, those whose nearest are looked for, and at a time
+# images compared, those whose nearest are looked for, and at a time
+MOST = 20_000
+QUERIES = 1_000
+BLOCK = 100
 
 
 def leaking_column(
@@ -43,10 +41,8 @@ def leaking_column(
     Returns:
         Of several columns, the one with most values; None if there is none.
     """
-    centered, found = (
-        normalize(images.float() - images.float().mean(dim=0), dim=-1),
-        dict[str, int](),
-    )
+    centered = normalize(images.float() - images.float().mean(dim=0), dim=-1)
+    found = dict[str, int]()
     for column, numbers in source.other_columns(indices).items():
         values = len(np.unique(numbers[numbers != 0]))
         if (
@@ -77,17 +73,14 @@ def _alike(
     if others[repeated].mean() > min(MOST_OTHERS, MOST_SHARE * len(rows)):
         return 0.0
     # --- the nearest images of other groups
-    candidates, value, group, right = (
-        images[rows],
-        torch.from_numpy(values),
-        torch.from_numpy(own),
-        list[Tensor](),
-    )
+    candidates = images[rows]
+    value = torch.from_numpy(values)
+    group = torch.from_numpy(own)
+    right = list[Tensor]()
     for queries in torch.from_numpy(rng.permutation(repeated)[:QUERIES]).split(BLOCK):
-        cosines, wanted = (
-            candidates[queries] @ candidates.mT,
-            torch.from_numpy(others)[queries, None],
-        )  # (b, n), (b, 1)
+        # (b, n), (b, 1)
+        cosines = candidates[queries] @ candidates.mT
+        wanted = torch.from_numpy(others)[queries, None]
         cosines[group[queries, None] == group] = -torch.inf
         nearest = cosines.topk(int(wanted.max())).indices
         hits = (value[nearest] == value[queries, None]) & (torch.arange(nearest.shape[1]) < wanted)

@@ -18,10 +18,9 @@ from declip.evaluation.encode import SourceFeatures
 from declip.evaluation.results import LinearProbeResult, sample_per_class, score
 
 BLOCK = 1 << 22  # scores in memory at a time
-FIRST_STAGE, MOST = (
-    20,
-    1000,
-)  # iterations after which the curvature is estimated again, and the fit ends
+# iterations after which the curvature is estimated again, and the fit ends
+FIRST_STAGE = 20
+MOST = 1000
 SAMPLE = 4096  # least number of rows for the estimates of curvature and covariance, which set step lengths only
 LAST_STEP = 48  # C is 10 ** (step / 8), from 1e-6 to 1e6 in 96 equal steps of its logarithm
 
@@ -94,11 +93,9 @@ class LogisticProblem:
             raise UserError(
                 f"A probe needs at least two classes; these {len(labels):,} images are of 1."
             )
-        self.present, self.labels, features = (
-            present.to(device),
-            compact.to(device),
-            features.to(device),
-        )
+        self.present = present.to(device)
+        self.labels = compact.to(device)
+        features = features.to(device)
         mean = features.mean(0, dtype=torch.float64).to(features)
         if not bool(mean.isfinite().all()):
             raise UserError(
@@ -142,10 +139,8 @@ class LogisticProblem:
             result = minimize(
                 self._loss, begin, (lengths, penalty), jac=True, method="L-BFGS-B", options=options
             )
-            weight, done = (
-                torch.from_numpy(result.x).to(weight).view_as(weight) * lengths,
-                done + int(result.nit),
-            )
+            weight = torch.from_numpy(result.x).to(weight).view_as(weight) * lengths
+            done = done + int(result.nit)
         # --- back from the coordinates to the features
         rotated = weight[:, :-1] @ self.axes.T
         bias = weight[:, -1] - rotated @ self.mean

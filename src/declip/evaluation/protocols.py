@@ -54,14 +54,12 @@ SETS = (
 class Options:
     """Settings of an evaluation."""
 
-    templates: str | Sequence[str] | None = (
-        None  # zero-shot: a shipped set or templates; None: those of the dataset
-    )
+    # Zero-shot: a shipped set or templates; None: those of the dataset
+    templates: str | Sequence[str] | None = None
     shots: int | Sequence[int] = 4  # few-shot: images of a class, or several numbers
     batch_size: int = 256  # images and texts per forward pass
-    workers: int | None = (
-        0  # processes that read images; 0: this one; None: one per core, at most 8
-    )
+    # Processes that read images; 0: this one; None: one per core, at most 8
+    workers: int | None = 0
     progress: bool = True
     share: Share = ALONE  # what this process encodes, of zero-shot and retrieval
 
@@ -175,10 +173,8 @@ class SharedFeatures:
             return head.scores(tested.images).argmax(dim=1).numpy() == truth
 
         # --- a classifier of the names, and one for each draw
-        names_top1, results = (
-            score(right(np.zeros(len(labels), bool)), truth),
-            list[FewShotResult](),
-        )
+        names_top1 = score(right(np.zeros(len(labels), bool)), truth)
+        results = list[FewShotResult]()
         for shots, several in draws.items():
             correct = [right(chosen) for chosen in several]
             top1 = [score(each, truth) for each in correct]

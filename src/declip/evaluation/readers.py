@@ -61,12 +61,10 @@ class Classified(DerivedSource):
         captioned: bool = False,
         broken: Mapping[int, BrokenPair] | None = None,
     ) -> None:
-        self.name, self.source, self.captioned, self.broken = (
-            source.name,
-            source,
-            captioned,
-            broken or {},
-        )
+        self.name = source.name
+        self.source = source
+        self.captioned = captioned
+        self.broken = broken or {}
         self.labels, self.class_names = np.asarray(labels, dtype=np.int64), tuple(class_names)
         self.rows = np.arange(len(source)) if rows is None else rows
 
@@ -262,11 +260,9 @@ def labeled_table(
 
 def _labels(table: TableSource, column: str) -> tuple[np.ndarray, list[str], dict[int, BrokenPair]]:
     """The class of each row, (n,) int64, the names of the classes, and the reasons of rows without a class."""
-    known, texts, broken = (
-        label_names(table.file, column),
-        dict[int, str](),
-        dict[int, BrokenPair](),
-    )
+    known = label_names(table.file, column)
+    texts = dict[int, str]()
+    broken = dict[int, BrokenPair]()
     for row in range(len(table)):
         try:
             texts[row] = _label(table, row, column, known)
@@ -275,10 +271,8 @@ def _labels(table: TableSource, column: str) -> tuple[np.ndarray, list[str], dic
     names = known or sorted(set(texts.values()))
     if not known and all(name.isdecimal() and len(name) < 20 for name in names):
         names.sort(key=int)
-    number_of, labels = (
-        {name: number for number, name in enumerate(names)},
-        np.zeros(len(table), dtype=np.int64),
-    )
+    number_of = {name: number for number, name in enumerate(names)}
+    labels = np.zeros(len(table), dtype=np.int64)
     for row, text in texts.items():
         if text in number_of:
             labels[row] = number_of[text]

@@ -109,9 +109,8 @@ class ZeroShotResult(ClassificationResult):
     top5: float
     mean_per_class: float  # mean of the top-1 of each class that has images
     templates: str = "plain"  # name of the prompt templates, or the templates themselves
-    majority: float | None = (
-        None  # fraction of the most frequent class: top-1 of a model that always predicts it
-    )
+    # Fraction of the most frequent class: top-1 of a model that always predicts it
+    majority: float | None = None
     by_tokens: bool = False  # patches were compared with words, not embeddings
 
     def measures(self) -> list[Measure]:

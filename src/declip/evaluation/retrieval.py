@@ -77,11 +77,9 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     the loss is the `contrastive_loss` with the first caption of each image.
     """
     assert features.texts is not None, "encode the source with texts=True"
-    captions, rows_of, carriers = (
-        features.flat_captions,
-        rows_of_captions(features),
-        carriers_of(features),
-    )
+    captions = features.flat_captions
+    rows_of = rows_of_captions(features)
+    carriers = carriers_of(features)
     images_of_text = [carriers[caption] for caption in captions]
     # One array for the many images that share their captions, as class names.
     texts_of = {
@@ -119,10 +117,8 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
     order = torch.from_numpy(np.random.default_rng((0, len(images))).permutation(len(images)))
     total = 0.0
     for rows in order.tensor_split(-(-len(order) // LOSS_BATCH)):
-        logits, target = (
-            scale * images[rows].double() @ texts[rows].double().T,
-            torch.arange(len(rows)),
-        )
+        logits = scale * images[rows].double() @ texts[rows].double().T
+        target = torch.arange(len(rows))
         total += (
             float(cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2 * len(rows)
         )

@@ -117,9 +117,8 @@ def class_tokens(
                 some = class_names[start : start + at_once]
                 prompts = [template.replace("{}", name) for name in some for template in templates]
                 words = text_features(model, prompts, encode=scorer.words, batch_size=batch_size)
-                words = words.unflatten(
-                    0, (len(some), len(templates))
-                )  # (c · T, L, d) → (c, T, L, d)
+                # (c · T, L, d) → (c, T, L, d)
+                words = words.unflatten(0, (len(some), len(templates)))
                 mean = words.sum(dim=1) / words.any(dim=3, keepdim=True).sum(dim=1).clamp(min=1)
                 parts.append(mean / mean.norm(dim=(1, 2), keepdim=True))
         return parts

@@ -218,10 +218,8 @@ def _train_towers(
         # --- the recipe; rank 0 alone writes, and only into a folder that it holds
         hosts.on_rank_zero(partial(held.enter_context, lock_run_folder(folder, resume)))
         if resume and (folder / RECIPE).is_file():
-            recipe, added = (
-                moved_lists(load_recipe(folder / RECIPE, request.keys), folder),
-                Extensions(sources=sources),
-            )
+            recipe = moved_lists(load_recipe(folder / RECIPE, request.keys), folder)
+            added = Extensions(sources=sources)
             hosts.on_rank_zero(partial(_refuse_others, recipe, request))
         else:
             split: Split | None = None
@@ -287,9 +285,8 @@ def _refuse_others(recipe: Recipe, request: Request) -> None:
             else absolute(name)
         )
 
-    named = (
-        recipe.data.source if isinstance(recipe.data.source, str) else recipe.data.source[0]
-    )  # one pair, twice
+    # One pair, twice
+    named = recipe.data.source if isinstance(recipe.data.source, str) else recipe.data.source[0]
     if named.endswith(LIST_KIND) and not Path(named).is_file():
         raise UserError(
             f"There is no '{named}', the list of this run's pairs. Rename its folder back, and run from the "

@@ -154,9 +154,8 @@ class Adapted(Complete):
         tensors = {"logit_scale": self.logit_scale.float()}
         for prefix, own in zip(PROJECTIONS, (image, text), strict=True):
             for name, tensor in own.items():
-                tensors[f"{prefix}{name}"] = (
-                    tensor.cpu().clone().contiguous()
-                )  # a file holds no shared ones
+                # A file holds no shared ones
+                tensors[f"{prefix}{name}"] = tensor.cpu().clone().contiguous()
         return tensors
 
     def _projection(self, rows: Tensor, first: Any) -> dict[str, Tensor]:

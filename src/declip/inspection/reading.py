@@ -16,13 +16,11 @@ from declip.data.pair import BrokenPair, Pair, PairSource, SkipCounter
 from declip.data.text.tokenizer import Tokenizer, clean
 from declip.io.pool import parallel_map
 
-COARSE, FINE = (
-    8,
-    16,
-)  # steps to the right and down that a small copy has: hashes of 128 and of 512 bits
-LOOK = np.dtype(
-    [("coarse", np.uint64, (2,)), ("fine", np.uint64, (8,)), ("tint", np.uint8, (3,))]
-)  # 83 bytes
+# steps to the right and down that a small copy has: hashes of 128 and of 512 bits
+COARSE = 8
+FINE = 16
+# 83 bytes
+LOOK = np.dtype([("coarse", np.uint64, (2,)), ("fine", np.uint64, (8,)), ("tint", np.uint8, (3,))])
 STEP = 2  # gray levels by which a neighbor must be brighter to count, so that flat areas do not hash their noise
 # Bits of 128 and of 512 in which the hashes of two near-duplicates may differ, and levels of 255 by which their mean
 # red, green or blue may. Of the built-in photographs, drawings and icons, 90 % and more of the copies at half the size
@@ -75,9 +73,8 @@ PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
 
 def image_hash(image: Image.Image) -> int:
     """64 bits of an RGB image's size and pixels: equal for equal images; a collision has probability 1 in 10^19."""
-    digest = sha256(
-        repr(image.size).encode()
-    )  # half the time of others, where the processor has instructions for it
+    # Half the time of others, where the processor has instructions for it
+    digest = sha256(repr(image.size).encode())
     digest.update(image.tobytes())
     return int.from_bytes(digest.digest()[:8], "little")
 

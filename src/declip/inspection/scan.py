@@ -30,17 +30,15 @@ EQUAL_ROWS, MANY_EQUAL_ROWS = 0.01, 0.1
 # Multiples of the training size: from where on shrinking pays, and to what; pixels that towers' sizes divide by.
 LARGE, KEPT, MULTIPLE = 3.0, 2, 32
 SMALL = 0.25  # fraction of images under the training size from where on a smaller size pays
-LONGEST_CONTEXT, MANY_TRUNCATED = (
-    77,
-    0.01,
-)  # of CLIP, and the fraction of captions that it may truncate
+# of CLIP, and the fraction of captions that it may truncate
+LONGEST_CONTEXT = 77
+MANY_TRUNCATED = 0.01
 
 SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
-EXAMPLES, NEAR_EXAMPLES, NEAR_MEMBERS = (
-    40,
-    4,
-    8,
-)  # example pairs; groups that look alike, and members of each
+# example pairs; groups that look alike, and members of each
+EXAMPLES = 40
+NEAR_EXAMPLES = 4
+NEAR_MEMBERS = 8
 OF_A_KIND, LONGEST_TEXT = 3, 120  # captions of each kind, and characters of each
 LISTED, KEYS = 10, 5  # groups that are listed, and keys of each
 THUMBNAIL = 224  # pixels of an example's longer side, at most: sharp at half of that on a screen of double density
@@ -98,15 +96,13 @@ class CaptionStats:
     truncated: dict[
         int, Fraction
     ]  # captions that a `text.context_length` would truncate, by context length
-    context_length: (
-        int  # the shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does
-    )
+    # The shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does
+    context_length: int
     kinds: dict[str, Fraction]  # see `reading.KINDS`
     examples: dict[str, list[str]]  # of each kind
     batch_size: int
-    equal_in_batch: (
-        float  # expected number of couples of equal captions in a batch: false negatives
-    )
+    # Expected number of couples of equal captions in a batch: false negatives
+    equal_in_batch: float
 
 
 @dataclass(frozen=True)
@@ -174,9 +170,8 @@ class Inspection:
     near_images: Repeats | None = None  # that look alike, equal ones included
     equal_captions: Repeats | None = None
     leakages: tuple[Leakage, ...] = ()
-    split_copies: Fraction | None = (
-        None  # held-out images of a source with splits that look like a training image
-    )
+    # Held-out images of a source with splits that look like a training image
+    split_copies: Fraction | None = None
     findings: tuple[Finding, ...] = ()  # what is to be fixed first
     examples: tuple[Example, ...] = field(default=(), repr=False)
     near_examples: tuple[tuple[Example, ...], ...] = field(default=(), repr=False)
@@ -353,27 +348,22 @@ def _described(
     """Fields of `Inspection` that need a pair that can be used."""
     pairs, lines, n = read.pairs, read.captions, len(read.pairs)
     indices, counts = pairs["index"], pairs["captions"].astype(np.int64)
-    same, alike, texts = (
-        equal_groups(pairs["exact"]),
-        reading.near_groups(pairs["look"]),
-        equal_groups(lines["hash"]),
-    )
+    same = equal_groups(pairs["exact"])
+    alike = reading.near_groups(pairs["look"])
+    texts = equal_groups(lines["hash"])
     # (captions,): the pair of each; (texts,): the first caption that says it
     first = np.unique(texts, return_index=True)[1]
     owners = np.repeat(np.arange(n), counts)
-    owners_of, shown = np.unique(
-        np.stack([owners, texts]), axis=1
-    )  # a text that a pair has twice counts once
+    # A text that a pair has twice counts once
+    owners_of, shown = np.unique(np.stack([owners, texts]), axis=1)
     generator = np.random.default_rng((seed, n, 1))
     chosen = np.sort(generator.choice(n, min(EXAMPLES, n), replace=False))
     # Each pair shows one of its captions, as in an epoch; of all couples of pairs, how many show the same?
     drawn = texts[np.cumsum(counts) - counts + (generator.random(n) * counts).astype(np.int64)]
     sizes = np.bincount(drawn)
     equal = float((sizes * (sizes - 1)).sum() / max(1, n * (n - 1)))
-    shorter, longer = (
-        np.minimum(pairs["width"], pairs["height"]),
-        np.maximum(pairs["width"], pairs["height"]),
-    )
+    shorter = np.minimum(pairs["width"], pairs["height"])
+    longer = np.maximum(pairs["width"], pairs["height"])
     smaller = Fraction.counted(int((shorter < size).sum()), n, whole)
     return {
         "images": ImageStats(spread_of(shorter), spread_of(longer / shorter), size, smaller),

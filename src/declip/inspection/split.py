@@ -92,9 +92,8 @@ def _hashes(pairs: ReadPairs, named: np.ndarray, related: np.ndarray) -> np.ndar
 
     A set that gains a pair can only leave the validation part, wherever the pair stands in the source.
     """
-    first = (
-        np.cumsum(pairs.pairs["captions"]) - pairs.pairs["captions"]
-    )  # (n,) row of each pair's first caption
+    # (n,) row of each pair's first caption
+    first = np.cumsum(pairs.pairs["captions"]) - pairs.pairs["captions"]
     keys = np.where(named != 0, named.view(np.uint64), pairs.captions["hash"][first]).tolist()
     digests = (
         hashlib.blake2b(key.to_bytes(8, "little"), digest_size=8, person=b"split").digest()
@@ -109,9 +108,8 @@ def _chosen(hashes: np.ndarray, sizes: np.ndarray, most: int) -> list[int]:
     """Numbers of the sets of the validation part; none where the sets are too large."""
     total = int(sizes.sum())
     target = max(1, min(round(FRACTION * total), most))
-    below = min(
-        FRACTION, most / total
-    )  # not target / total, which varies with each pair that is added
+    # Not target / total, which varies with each pair that is added
+    below = min(FRACTION, most / total)
     chosen, count = [], 0
     for number in np.argsort(hashes, kind="stable").tolist():
         wanted = hashes[number] < below

@@ -83,9 +83,8 @@ def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
             fitted[name] = own[name]
         elif tensor.shape == own[name].shape:
             fitted[name] = tensor
-        elif name.startswith(TEXT) and name.endswith(
-            "positional_embedding"
-        ):  # behind the rows CoCa's class token
+        # Behind the rows CoCa's class token
+        elif name.startswith(TEXT) and name.endswith("positional_embedding"):
             fitted[name] = torch.cat(
                 [_stretched(tensor[:old], model.text_tower.context), tensor[old:]]
             )
@@ -117,12 +116,11 @@ def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tens
     import timm
 
     trunk = getattr(model.image_tower.trunk, "trunk", model.image_tower.trunk)
-    grid_only = getattr(
-        trunk, "no_embed_class", False
-    )  # as of DeiT III and of DINOv2 with registers
-    before = (
-        1 if tensor.ndim == 2 else 0 if grid_only else int(getattr(trunk, "num_prefix_tokens", 0))
-    )
+    before = 1  # embeddings of tokens that are no patches
+    if tensor.ndim == 3:
+        # As of DeiT III and of DINOv2 with registers
+        grid_only = getattr(trunk, "no_embed_class", False)
+        before = 0 if grid_only else int(getattr(trunk, "num_prefix_tokens", 0))
     old, new = (round((embedding.shape[-2] - before) ** 0.5) for embedding in (tensor, own))
     rows = tensor.float().reshape(1, *tensor.shape[-2:])
     resized = timm.layers.resample_abs_pos_embed(

@@ -28,12 +28,10 @@ class Classes:
     mean: Tensor  # (v,), mean feature of images; zeros where nobody measured it
     names: tuple[str, ...] = ()  # of every class; empty if unknown
     definitions: tuple[str, ...] = ()  # of every class, "" if it has none
-    size: int | None = (
-        None  # of the images that the mean was measured on, and of a model without pairs
-    )
-    features: Tensor | None = (
-        None  # (t, w) of `texts` by the text tower of the same weights, if they are at hand
-    )
+    # Of the images that the mean was measured on, and of a model without pairs
+    size: int | None = None
+    # (t, w) of `texts` by the text tower of the same weights, if they are at hand
+    features: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Tensor, mean: Tensor | None = None, size: int | None = None) -> "Classes":
@@ -68,9 +66,8 @@ class Classes:
         """Add features of the texts that were measured before, if they are of these texts."""
         texts = self.texts()[0]
         with safe_open(file, "pt") as stored:
-            if stored.metadata()["texts"] != texts_digest(
-                texts
-            ):  # another version of timm has other names
+            # Another version of timm has other names
+            if stored.metadata()["texts"] != texts_digest(texts):
                 return self
             return replace(
                 self, features=stored.get_tensor("features").float() * stored.get_tensor("scales")

@@ -57,9 +57,8 @@ class Exported:
     """Result of an export: the folder, and how the format's own library reads it back."""
 
     folder: Path
-    difference: (
-        float | None
-    )  # largest of any number of a feature of length 1; None where the library is not installed
+    # Largest of any number of a feature of length 1; None where the library is not installed
+    difference: float | None
     by: str  # the library and its version
     limits: str = ""  # what the format cannot hold
 

@@ -56,9 +56,8 @@ class StoredHeads:
                 f"{self.base_fingerprint[:8]}, but that is now {given[:8]}. {self._ways_out}"
             )
         tensors = dict(base.tensors)
-        if _sizes(base.recipe) != _sizes(
-            self.recipe
-        ):  # position embeddings may have to be resampled
+        # Position embeddings may have to be resampled
+        if _sizes(base.recipe) != _sizes(self.recipe):
             tensors = base_model(base, self.recipe).state_dict()
         kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(REPLACED)}
         return Weights(self.recipe, kept | dict(self.tensors), str(self.folder)).check()

@@ -26,14 +26,12 @@ class Traced:
     model: DualEncoder
     step: int | None = None  # number of steps; None without a checkpoint
     pairs: int | None = None  # number of distinct training pairs
-    fitted: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # cross_validation.json, if projections are in closed form
+    # cross_validation.json, if projections are in closed form
+    fitted: Mapping[str, Any] = field(default_factory=dict)
     results: Sequence[Result] = ()  # after that step
     origin: str | None = None  # description of the weights' origin, unless that is a run
-    heads: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # of losses, by the names of `Objective`
+    # Of losses, by the names of `Objective`
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ReadBack(NamedTuple):
@@ -43,9 +41,8 @@ class ReadBack(NamedTuple):
     encode_image: Callable[
         [Tensor], Tensor
     ]  # normalized pixels (n, 3, S, S) → (n, d) features of any length
-    encode_text: (
-        Callable[[Tensor], Tensor] | None
-    )  # token ids of declip (n, L) → (n, d) features of any length
+    # Token ids of declip (n, L) → (n, d) features of any length
+    encode_text: Callable[[Tensor], Tensor] | None
 
 
 class Format(ABC):

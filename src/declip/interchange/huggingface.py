@@ -23,11 +23,9 @@ from declip.models.hf_encoder import quiet_transformers
 from declip.recipe.load import load_recipe
 
 CONFIG, FILE = "config.json", "model.safetensors"
-PREPROCESSOR, PROCESSOR, TOKENIZER = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-)
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
+TOKENIZER = "tokenizer.json"
 
 EPS = 1e-5  # epsilon of layer norms in CLIP
 
@@ -50,9 +48,8 @@ PREPROCESSING: Mapping[str, Any] = {
 
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
 
-POOLS_AT_HIGHEST = (
-    2  # end token of early releases: pooling at the highest id, which is CLIP's end token
-)
+# End token of early releases: pooling at the highest id, which is CLIP's end token
+POOLS_AT_HIGHEST = 2
 POSITION_IDS = "embeddings.position_ids"  # buffer in older files
 
 CAPTIONS = ("a red circle", "Two CATS, 12 dogs: asleep on a sofa!", "日本語 😀", "")

@@ -64,12 +64,10 @@ class TensorLayout:
     """Layout of a `DualEncoder` in another library; layouts of two towers can be added."""
 
     names: Names
-    shapes: Mapping[str, Callable[[Tensor], Tensor]] = field(
-        default_factory=dict
-    )  # our name → change from ours
-    mask: bool = (
-        False  # whether their vocabulary has <|mask|>, our last row; if not, the mean row is read
-    )
+    # Our name → change from ours
+    shapes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    # Whether their vocabulary has <|mask|>, our last row; if not, the mean row is read
+    mask: bool = False
 
     def __add__(self, other: "TensorLayout") -> "TensorLayout":
         return TensorLayout(
@@ -134,9 +132,8 @@ def from_layout(
     towers: Towers = "both",
 ) -> Weights:
     """Convert another library's tensors to weights of a recipe."""
-    with torch.device(
-        "meta"
-    ):  # the sizes may be a stranger's: they are compared before memory is allocated
+    # The sizes may be a stranger's: they are compared before memory is allocated
+    with torch.device("meta"):
         outline = empty(recipe, towers=towers).state_dict()
     return Weights(recipe, layout.read(tensors, outline), origin)
 
@@ -236,9 +233,8 @@ def vit_keys(
     width: int, layers: int, heads: int, patch: int, hidden: int, activation: str
 ) -> dict[str, Any]:
     """Recipe keys of CLIP's vision transformer; `hidden` is the width of the MLP in a block."""
-    ratio = (
-        hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
-    )  # timm rounds down
+    # timm rounds down
+    ratio = hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
     quick = "quickgelu_" if activation == "quick_gelu" else ""
     options = {
         "patch_size": patch,

@@ -16,9 +16,8 @@ from declip.io.text import one_line
 from declip.recipe.load import load_recipe
 
 SPECIAL = 3  # number of special ids at the end of the vocabulary: mask, start, end; in declip start, end, mask
-UNUSED = re.compile(
-    r"visual\.fc\.|predictor_sim\.bn3\.|projector_text\."
-)  # unused tensors of the official models
+# Unused tensors of the official models
+UNUSED = re.compile(r"visual\.fc\.|predictor_sim\.bn3\.|projector_text\.")
 
 HEADS: layouts.Names = (
     ("terms.simsiam.projector.norm#.", "projector.bn#."),

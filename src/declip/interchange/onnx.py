@@ -47,11 +47,9 @@ class Onnx(Format):
         Images are (batch, 3, S, S) float32, normalized; texts (batch, length) int32 with padding after the end, length
         at most the context. Outputs are (batch, d) float32 of length 1. Batch and length are dynamic.
         """
-        model, prepared, batch = (
-            traced.model,
-            preprocess_config(traced.model),
-            torch.export.Dim("batch"),
-        )
+        model = traced.model
+        prepared = preprocess_config(traced.model)
+        batch = torch.export.Dim("batch")
         size = model.preprocessor.size
         # Inputs and preprocessing, for readers without declip
         about: dict[str, Any] = {

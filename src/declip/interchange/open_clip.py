@@ -156,19 +156,15 @@ def _compared(weights: Weights, opened: OpenClipModel) -> Weights:
     from open_clip.transform import image_transform_v2
 
     # Odd sizes, so that resizing and cropping are compared too.
-    ours, theirs, transform = (
-        weights.build().eval(),
-        opened.model,
-        image_transform_v2(opened.preprocess, False),
-    )
+    ours = weights.build().eval()
+    theirs = opened.model
+    transform = image_transform_v2(opened.preprocess, False)
     if opened.resize is not None:
         transform.transforms[0].size = opened.resize
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (57, 91, 3), dtype=np.uint8))
     images = [noise, noise.resize((40, 333))]
-    pixels, tokens = (
-        torch.stack([transform(image) for image in images]),
-        opened.tokenizer(list(CAPTIONS)),
-    )
+    pixels = torch.stack([transform(image) for image in images])
+    tokens = opened.tokenizer(list(CAPTIONS))
     with torch.no_grad():
         visual = ours.encode_image(ours.preprocess(images)) - theirs.encode_image(
             pixels, normalize=True

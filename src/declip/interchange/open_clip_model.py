@@ -53,9 +53,8 @@ class OpenClipModel(NamedTuple):
     preprocess: Any
     tokenizer: Any
     config: Mapping[str, Any]
-    resize: int | None = (
-        None  # shorter side before the crop, in an export of declip where it is not the image size
-    )
+    # Shorter side before the crop, in an export of declip where it is not the image size
+    resize: int | None = None
 
 
 def matches(where: str) -> bool:
@@ -111,9 +110,8 @@ def encoder_from(folder: Path, text: Mapping[str, Any]) -> dict[str, Any]:
     file = folder / ENCODER
     if "hf_model_name" not in text or not file.is_file():
         return {}
-    if (
-        json.loads(file.read_text(encoding="utf-8")).get("model_type") not in arch_dict
-    ):  # of another model
+    # Of another model
+    if json.loads(file.read_text(encoding="utf-8")).get("model_type") not in arch_dict:
         return {}
     return {"text_cfg": {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}}
 
@@ -234,10 +232,8 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     """Wrap the towers of any model of open_clip, with its tokenizer and preprocessing."""
     from open_clip.model import convert_to_custom_text_state_dict
 
-    prepared, config = (
-        opened.preprocess,
-        {k: v for k, v in opened.config.items() if k != "multimodal_cfg"},
-    )
+    prepared = opened.preprocess
+    config = {k: v for k, v in opened.config.items() if k != "multimodal_cfg"}
     sides = {prepared.size} if isinstance(prepared.size, int) else set(prepared.size)
     if prepared.resize_mode not in ("shortest", "squash") or len(sides) > 1:
         raise UserError(

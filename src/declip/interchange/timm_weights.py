@@ -61,9 +61,8 @@ builtin:stamps and of its photographs, at 192 pixels."""
 VERSION = 4  # of the computation: raise it when the projections change
 BATCH = 64  # texts
 IMAGE_PROJECTION, TEXT_PROJECTION = PROJECTIONS
-GRID = (
-    2.0**-24
-)  # of the projections; their numbers are about 0.04, and differ by 1e-14 between numbers of threads
+# Of the projections; their numbers are about 0.04, and differ by 1e-14 between numbers of threads
+GRID = 2.0**-24
 
 
 def matches(where: str) -> bool:
@@ -169,9 +168,8 @@ def _filled(
         with torch.random.fork_rng(devices=[]):
             tower = ImageTower(architecture, size, embed_dim=8, weights=kept)
     except UserError as error:
-        reason = shorten(
-            str(error.__cause__).split("\n\t")[-1], 160
-        )  # the last line of torch's message
+        # The last line of torch's message
+        reason = shorten(str(error.__cause__).split("\n\t")[-1], 160)
         raise UserError(
             f"The weights of '{where}' are not those of {architecture}: {reason}"
         ) from error

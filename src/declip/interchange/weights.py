@@ -48,9 +48,8 @@ RANDOM = {
 """Functions that fill a tensor in place with random numbers, and return it."""
 
 
-PATCH_PROJECTION = (
-    "patch_projection.weight"  # end of a tensor's name in the head of a loss that compares tokens
-)
+# End of a tensor's name in the head of a loss that compares tokens
+PATCH_PROJECTION = "patch_projection.weight"
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,8 @@ class Weights:
     heads: Mapping[str, Tensor] = field(default_factory=dict)  # by the names of `Objective`
     classes: Classes | None = None  # of the image tower's classifier, if it came with one
     step: int | None = None  # of the run
-    published: str = (
-        ""  # what determines the weights, if projections are computed from published files
-    )
+    # What determines the weights, if projections are computed from published files
+    published: str = ""
     fingerprint: str = ""  # of the complete model, where this is a part of it
 
     @property

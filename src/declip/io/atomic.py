@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 CACHE_VARIABLE = "DECLIP_CACHE"
 HINT = "choose another folder with --out"
-DAY = (
-    86_400  # seconds after which a temporary file must be left over from a process that was killed
-)
+# Seconds after which a temporary file must be left over from a process that was killed
+DAY = 86_400
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (
     errno.EACCES,
@@ -67,9 +66,8 @@ def atomic_write(
     A file that is replaced keeps its permissions, and one behind a symbolic link is replaced, not the link. `elsewhere`
     says how to choose another path. `durable` files survive a power failure, with the old or new content.
     """
-    if not target.name or (
-        target.exists() and not (target.is_file() or target.is_dir())
-    ):  # such as /dev/null
+    # Such as /dev/null
+    if not target.name or (target.exists() and not (target.is_file() or target.is_dir())):
         raise UserError(
             f"'{target}' cannot be replaced. Give the path of a file or folder; {elsewhere}."
         )
@@ -224,9 +222,8 @@ def flush(path: Path) -> None:
 
 
 def _set_mode(path: Path, mode: int) -> None:
-    if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(
-        mode
-    ):  # some file systems refuse any change
+    # Some file systems refuse any change
+    if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(mode):
         path.chmod(stat.S_IMODE(mode))
 
 

@@ -91,18 +91,16 @@ def imap(
         # a script. Forking is safe here: workers use one thread each and no accelerator.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    with (
-        _sigterm_blocked()
-    ):  # forked workers inherit that, also in threads that libraries start in each new process
+    # Forked workers inherit that, also in threads that libraries start in each new process
+    with _sigterm_blocked():
         return iter(loader)
 
 
 @contextmanager
 def _sigterm_blocked() -> Iterator[None]:
     """Block SIGTERM in this thread; one that is sent meanwhile arrives afterwards."""
-    if not hasattr(
-        signal, "sigtimedwait"
-    ):  # on macOS and Windows workers do not wait for it, see below
+    # On macOS and Windows workers do not wait for it, see below
+    if not hasattr(signal, "sigtimedwait"):
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -8,10 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
-FIRST, LONGEST = (
-    10.0,
-    30.0,
-)  # seconds before the first plain line, and longest interval between lines
+# seconds before the first plain line, and longest interval between lines
+FIRST = 10.0
+LONGEST = 30.0
 UNITS = {TimeRemainingColumn: " left", TimeElapsedColumn: " elapsed"}
 
 

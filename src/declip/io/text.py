@@ -31,13 +31,10 @@ def plural(count: int, one: str) -> str:
 def join_words(words: Iterable[object]) -> str:
     """Join words: "a, b and c"."""
     given = [f"{word:,}" if isinstance(word, int) else str(word) for word in words]
-    return (
-        given[0]
-        if len(given) == 1
-        else f"{', '.join(given[:-1])} and {given[-1]}"
-        if given
-        else "nothing"
-    )
+    if not given:
+        return "nothing"
+    *first, last = given
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def short_count(number: int) -> str:
@@ -50,20 +47,18 @@ def short_count(number: int) -> str:
 
 def percent(fraction: float) -> str:
     """Format a fraction in percent, small ones with more digits: 0.0008 is "0.08 %", 0.367 is "36.7 %"."""
-    digits = ".2g" if fraction and fraction < 0.001 else ".2f" if fraction < 0.01 else ".1f"
+    digits = ".2f" if fraction < 0.01 else ".1f"
+    if fraction and fraction < 0.001:
+        digits = ".2g"
     return f"{100 * fraction:{digits}} %"
 
 
 def duration(seconds: float) -> str:
     """Format seconds: "43 s", "5 min 12 s", "3 h 5 min"."""
     hours, minutes, rest = round(seconds) // 3600, round(seconds) % 3600 // 60, round(seconds) % 60
-    words = (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
+    words = f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    if hours:
+        words = f"{hours} h {minutes} min"
     return words.replace(" ", "\N{NO-BREAK SPACE}")
 
 

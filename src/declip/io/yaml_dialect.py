@@ -12,10 +12,9 @@ try:  # ten times as fast; wheels of PyYAML have it
 except ImportError:
     from yaml import SafeDumper, SafeLoader  # type: ignore[assignment]
 
-MAX_CHARACTERS, MAX_DEPTH = (
-    1 << 17,
-    20,
-)  # limits of a recipe; the shipped ones have some 3,000 characters and 4 levels
+# limits of a recipe; the shipped ones have some 3,000 characters and 4 levels
+MAX_CHARACTERS = 1 << 17
+MAX_DEPTH = 20
 
 # YAML 1.1 reads 5e-4 as text, 010 as 8 and 1:30 as 90.
 _FRACTION = (

@@ -62,9 +62,8 @@ def _fold(parent: nn.Module) -> None:
             and _fits(child, convolution)
         ):
             setattr(parent, previous, fuse_conv_bn_eval(convolution, child))
-            setattr(
-                parent, name, getattr(child, "act", nn.Identity())
-            )  # timm's norms end with an activation
+            # timm's norms end with an activation
+            setattr(parent, name, getattr(child, "act", nn.Identity()))
         else:
             _fold(child)
         previous = name

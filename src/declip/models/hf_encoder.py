@@ -102,9 +102,8 @@ class Bert(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         """Encode ids (B, L), with a mask (B, 1, 1, L) that is true where there is no padding."""
         parts = self.embeddings
-        x = (
-            parts.word_embeddings(input_ids) + parts.token_type_embeddings.weight[0]
-        )  # (B, L, width)
+        # (B, L, width)
+        x = parts.word_embeddings(input_ids) + parts.token_type_embeddings.weight[0]
         positions = parts.position_embeddings.weight[: input_ids.shape[1]]
         x = parts.LayerNorm(x + positions)
         x = F.dropout(x, self.dropout, self.training)
@@ -130,10 +129,8 @@ class BertBlock(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = output(inner)
         self.heads = config["num_attention_heads"]
-        self.dropout, self.attention_dropout = (
-            config["hidden_dropout_prob"],
-            config["attention_probs_dropout_prob"],
-        )
+        self.dropout = config["hidden_dropout_prob"]
+        self.attention_dropout = config["attention_probs_dropout_prob"]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         maps = self.attention["self"]
@@ -167,12 +164,10 @@ class TextEncoder:
     tokenizer: str  # content of tokenizer.json
     specials: Mapping[str, int]  # ids, see `declip.data.text.tokenizer.SPECIALS`
     folder: Path | None = None  # of its weights; None for random ones
-    pooling: str | None = (
-        None  # that it was trained with, a value of `POOLINGS` or an unknown name; None if not stored
-    )
-    filled_later: bool = (
-        False  # whether weights will be loaded into it, so that the initial ones do not matter
-    )
+    # That it was trained with, a value of `POOLINGS` or an unknown name; None if not stored
+    pooling: str | None = None
+    # Whether weights will be loaded into it, so that the initial ones do not matter
+    filled_later: bool = False
 
     def to_tensor(self) -> Tensor:
         """Configuration and tokenizer as bytes, (n,) uint8."""

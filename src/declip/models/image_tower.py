@@ -20,9 +20,8 @@ from declip.models.neighbors import matching_projection, named_below
 if TYPE_CHECKING:
     from timm.models.byobnet import ByoBlockCfg
 
-warn_once = cache(
-    logging.getLogger("declip").warning
-)  # once per process, however often the tower is built
+# Once per process, however often the tower is built
+warn_once = cache(logging.getLogger("declip").warning)
 
 OTHER_FILES = {
     "checkpoint_path",

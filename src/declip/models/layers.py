@@ -18,9 +18,8 @@ from declip.models.wrapped import WrappedImageTower
 from declip.recipe.schema import LoRA
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-NEARLY_ALL = (
-    0.9  # blocks hold at least this fraction of the parameters of the largest repeated class
-)
+# Blocks hold at least this fraction of the parameters of the largest repeated class
+NEARLY_ALL = 0.9
 STAGES = 4  # A class with at most this many instances is a stage made of blocks, if blocks can be found in it
 
 
@@ -74,9 +73,8 @@ def grad_checkpointing(tower: nn.Module) -> int:
         forward = partial(checkpoint, block.forward, use_reentrant=False)
         if any(isinstance(module, _BatchNorm) for module in block.modules()):
             forward = partial(forward, context_fn=partial(_contexts, block))
-        vars(block)["forward"] = (
-            forward  # not a wrapper around the block, so that parameters keep their names
-        )
+        # Not a wrapper around the block, so that parameters keep their names
+        vars(block)["forward"] = forward
     return len(blocks)
 
 
@@ -104,10 +102,9 @@ def frozen_batch_norm_stats(block: nn.Module) -> Iterator[None]:
             buffer.data.copy_(value)  # by .data: autograd holds the buffer, but does not read it
 
 
-IMAGE, TEXT = (
-    "image_tower.",
-    "text_tower.",
-)  # prefixes of the towers' parameter names in a `DualEncoder`
+# prefixes of the towers' parameter names in a `DualEncoder`
+IMAGE = "image_tower."
+TEXT = "text_tower."
 PROJECTIONS = (
     "image_tower.proj.",
     "text_tower.text_projection.",
@@ -248,14 +245,11 @@ def merge_adapters(tuners: Iterable[Any]) -> None:
     for tuner in tuners:
         tower = tuner.merge_and_unload().requires_grad_(True)
         for module in tower.modules():
-            if (
-                isinstance(module, CausalSelfAttention) and module.in_proj is not None
-            ):  # see `_split_attention`
+            # See `_split_attention`
+            if isinstance(module, CausalSelfAttention) and module.in_proj is not None:
                 layer, module.in_proj = module.in_proj, None
-                module.in_proj_weight, module.in_proj_bias = (
-                    nn.Parameter(layer.weight),
-                    nn.Parameter(layer.bias),
-                )
+                module.in_proj_weight = nn.Parameter(layer.weight)
+                module.in_proj_bias = nn.Parameter(layer.bias)
 
 
 def adapted(names: Iterable[str]) -> list[str]:

@@ -97,9 +97,8 @@ class CausalSelfAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        self.in_proj: nn.Linear | None = (
-            None  # holds weight and bias as a layer while that has an adapter
-        )
+        # Holds weight and bias as a layer while that has an adapter
+        self.in_proj: nn.Linear | None = None
 
     def _qkv(self, x: Tensor) -> Tensor:
         """(B, L, width) → (B, L, 3·width)."""

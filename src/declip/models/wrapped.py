@@ -33,9 +33,8 @@ class WrappedModel:
     config: Mapping[str, Any]  # "model_cfg"
     image: Mapping[str, Any]  # "squash": arguments of `Preprocess`
     tokenizer: Mapping[str, Any]  # arguments of `WrappedTokenizer`
-    encoder: Mapping[str, Any] | None = (
-        None  # configuration of a Hugging Face text encoder inside open_clip's model
-    )
+    # Configuration of a Hugging Face text encoder inside open_clip's model
+    encoder: Mapping[str, Any] | None = None
 
     def to_tensor(self) -> Tensor:
         """All of it as bytes of JSON, (n,) uint8."""
@@ -231,7 +230,6 @@ def _detach_projection(module: Any, name: str) -> tuple[nn.Module, tuple[str, bo
         return linear, (name, True)
     if projection is None or not any(True for _ in projection.parameters()):
         return nn.Identity(), (name, False)
-    setattr(
-        owner, last, None if last == "text_projection" else nn.Identity()
-    )  # open_clip multiplies by what is there
+    # open_clip multiplies by what is there
+    setattr(owner, last, None if last == "text_projection" else nn.Identity())
     return projection, (name, False)

@@ -79,13 +79,9 @@ def check_tasks(tasks: Collection[str], shots: object = None, templates: object 
 
 def as_list(given: Any) -> list[Any]:
     """A list of what was given, also where that is one string, path or number, or None."""
-    return (
-        [given]
-        if isinstance(given, str | Path | Integral)
-        else []
-        if given is None
-        else list(given)
-    )
+    if given is None:
+        return []
+    return [given] if isinstance(given, str | Path | Integral) else list(given)
 
 
 def read_counts(text: str) -> tuple[int, ...]:

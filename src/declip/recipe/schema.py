@@ -110,9 +110,8 @@ class Data(Section):
             and given
             and all(isinstance(name, str) for name in given)
         )
-        if not (
-            isinstance(given, str) or several
-        ):  # pydantic's own message would name both types that this may have
+        # pydantic's own message would name both types that this may have
+        if not (isinstance(given, str) or several):
             raise ValueError(f"data.source is {given!r}; give one source, or a list of sources")
         return given
 
@@ -174,9 +173,8 @@ class ImageTowerConfig(Section):
     @property
     def resize(self) -> int:
         """Shorter side in pixels to which evaluation resizes an image before the center crop."""
-        return int(
-            self.size / self.crop_pct + 1e-6
-        )  # rounded down as by timm; 1e-6 is for the division's rounding
+        # Rounded down as by timm; 1e-6 is for the division's rounding
+        return int(self.size / self.crop_pct + 1e-6)
 
 
 class TextTowerConfig(Section):

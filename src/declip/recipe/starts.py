@@ -16,16 +16,13 @@ STARTS = {"builtin:lite0-minilm": 128, "builtin:lite2-minilm": 192}
 def no_model(given: str) -> UserError:
     """Build the error for weights that are neither a path nor a name that is known."""
     path = Path(given).expanduser()
-    near = (
-        get_close_matches(path.name, os.listdir(path.parent), n=1) if path.parent.is_dir() else []
-    )
-    meant = (
-        str(path.parent / near[0])
-        if near
-        else f"hf-hub:{given}"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", given)
-        else ""
-    )
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    near = get_close_matches(path.name, names, n=1)
+    meant = ""
+    if near:
+        meant = str(path.parent / near[0])
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        meant = f"hf-hub:{given}"
     hub = f" Did you mean '{meant}'?" if meant else ""
     return UserError(
         f"Cannot find the model '{given}'.{hub} Give a run folder, a checkpoint folder, a weights file, a folder of "

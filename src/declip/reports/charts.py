@@ -72,9 +72,8 @@ class Chart:
             self.figure().savefig(file, format="svg", transparent=True)
         text = file.getvalue()
         view = re.search(r'viewBox="[^"]*"', text)
-        text = re.sub(
-            r"<style[^>]*>.*?</style>", "", text[text.index("<defs>") :], flags=re.DOTALL
-        )  # the whole page's
+        # The whole page's
+        text = re.sub(r"<style[^>]*>.*?</style>", "", text[text.index("<defs>") :], flags=re.DOTALL)
         text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
         text = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 inherit", text)
         for color, variable in VARIABLES.items():

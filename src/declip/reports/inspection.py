@@ -13,9 +13,8 @@ from declip.io.text import percent, round_two_digits, sanitize
 from declip.reports.page import Table, environment, render, rich_table
 
 SHOWN_PERCENTILES = (5, 25, 50, 75, 95)
-LTR = (
-    "\N{LEFT-TO-RIGHT MARK}"  # before a number that is followed by text which may run right to left
-)
+# Before a number that is followed by text which may run right to left
+LTR = "\N{LEFT-TO-RIGHT MARK}"
 SPREAD_COLUMNS = (
     "",
     "min",

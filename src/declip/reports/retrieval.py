@@ -56,9 +56,8 @@ def retrieval(
     # --- the nearest images of each
     queries = []
     for row in chosen.values():
-        nearest = (
-            (features.images @ features.texts[row]).topk(min(SHOWN, len(features))).indices
-        )  # (SHOWN,)
+        # (SHOWN,)
+        nearest = (features.images @ features.texts[row]).topk(min(SHOWN, len(features))).indices
         hits = [
             {
                 "caption": features.captions[i][0],

@@ -24,9 +24,8 @@ PROGRESS = {
 """Logged quantities besides the losses: their titles, and whether they are noisy."""
 
 SHOWN = 5  # candidates of a query
-LEAST_GAIN = (
-    0.01  # of the percentile; if the interval ends below it, more pairs show no useful gain
-)
+# Of the percentile; if the interval ends below it, more pairs show no useful gain
+LEAST_GAIN = 0.01
 MOST_TIMES = 10  # times as many pairs, up to which their number is stated
 
 

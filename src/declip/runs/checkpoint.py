@@ -24,10 +24,9 @@ from declip.io.atomic import flush, remove, save_tensors, sha256
 log = logging.getLogger("declip")
 
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
-LAST, BEST = (
-    "last",
-    "best",
-)  # links to the newest checkpoint and to the best one, if the file system has links
+# links to the newest checkpoint and to the best one, if the file system has links
+LAST = "last"
+BEST = "best"
 NAME = re.compile(r"step-(\d{8,})")
 # Keys and types of state.json; "digest" is the checksum of the other keys
 KINDS = {"step": int, "recipe": str, "extra": dict, "sha256": dict, "digest": str}
@@ -45,9 +44,8 @@ class Checkpoint:
         str, Tensor
     ]  # "objective.…", "optimizer.…", "random.RANK.…": heads, moments by name, generators
     recipe: str  # resolved, as YAML
-    extra: dict[str, Any] = field(
-        default_factory=dict
-    )  # versions, counts of skipped pairs, the best evaluation
+    # Versions, counts of skipped pairs, the best evaluation
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -120,9 +118,8 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
     # --- those of later steps are not counted: they are damaged, so that the run resumed before them
     older = [path for path in list_checkpoints(run) if step_of(path) <= kept.step and path != best]
     for old in older[:-keep]:
-        aside = old.with_suffix(
-            ".partial"
-        )  # renamed first, so that a crash leaves no incomplete checkpoint
+        # Renamed first, so that a crash leaves no incomplete checkpoint
+        aside = old.with_suffix(".partial")
         with suppress(OSError):
             old.rename(aside)
         remove(aside)

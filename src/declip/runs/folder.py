@@ -28,12 +28,10 @@ from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
 
-RECIPE, METRICS, EVALUATIONS, SKIPPED = (
-    "recipe.yaml",
-    "metrics.jsonl",
-    "evaluations.jsonl",
-    "skipped.json",
-)
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SKIPPED = "skipped.json"
 EXAMPLES = "examples.json"  # facts and example pairs for the report
 TRACKING = "tracking.json"  # ids of the run in the trackers of train.report_to
 MIXTURE, MIXED = "mixture.json", "mixed.safetensors"  # of a fine-tuning, see `declip.finetuning`
@@ -217,9 +215,8 @@ def lock_folder(folder: Path) -> FileIO:
     if sys.platform != "win32":
         _lock(file, folder)
     with suppress(OSError):
-        if not os.path.samestat(
-            os.fstat(file.fileno()), os.stat(folder / LOCK)
-        ):  # removed since it was opened
+        # Removed since it was opened
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
             file.close()
             return lock_folder(folder)
     with suppress(OSError):  # a full disk is reported when the run writes
@@ -233,9 +230,8 @@ def _lock(file: FileIO, folder: Path) -> None:
     import fcntl
 
     try:
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # unlike flock's, worker processes do not inherit this lock
+        # Unlike flock's, worker processes do not inherit this lock
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return
@@ -272,9 +268,8 @@ def open_folder(
 def existing_run(folder: Path) -> UserError:
     """Build the error for a run folder that is taken, with the pairs of its run."""
     pairs = read_recipe(folder).data.label
-    if (
-        pairs.endswith(LIST_KIND) and Path(pairs).is_file()
-    ):  # the list of a split, which is in the run folder
+    # The list of a split, which is in the run folder
+    if pairs.endswith(LIST_KIND) and Path(pairs).is_file():
         pairs = read_pair_list(Path(pairs)).source
     remedy = "Continue that run with --resume, or choose another --out for a new one."
     return UserError(f"'{folder}' already holds a run, on '{printable(pairs)}'. {remedy}")

@@ -73,9 +73,8 @@ class Classifier:
     head: FewShotHead
     model: str  # fingerprint
     skipped: SkipCounter  # example images that could not be read
-    leaking: str | None = (
-        None  # column of the examples that should be their group, see `leaking_column`
-    )
+    # Column of the examples that should be their group, see `leaking_column`
+    leaking: str | None = None
 
     @classmethod
     def fit(
@@ -124,10 +123,8 @@ class Classifier:
             features = encode_source(
                 encoder, source, encode=encode, texts=False, exact=False, **options
             )
-            labels, skipped = (
-                torch.from_numpy(number[np.asarray(source.labels)[features.indices]]),
-                features.skipped,
-            )
+            labels = torch.from_numpy(number[np.asarray(source.labels)[features.indices]])
+            skipped = features.skipped
             given = Examples(features.images, labels, names, width)
             groups = np.arange(len(labels))
             if columns.group is not None:
@@ -138,10 +135,8 @@ class Classifier:
             leaking = leaking_column(
                 source, features.indices.tolist(), features.images, groups, len(known)
             )
-        head, counts = (
-            fit_few_shot(given, groups=groups),
-            torch.bincount(given.labels, minlength=len(known)),
-        )
+        head = fit_few_shot(given, groups=groups)
+        counts = torch.bincount(given.labels, minlength=len(known))
         return cls(known, tuple(counts.tolist()), head, fingerprint(encoder), skipped, leaking)
 
     def summary(self) -> str:
@@ -344,10 +339,8 @@ def classify(
     check_range("batch_size", batch_size, 1)
     names = check_classes(classes, examples, head, out, overwrite=overwrite) or []
     prompts = read_templates(templates)[1]
-    source, path = (
-        _open(images, replace(columns, caption=None, group=None)),
-        None if out is None else csv_path(out),
-    )
+    source = _open(images, replace(columns, caption=None, group=None))
+    path = None if out is None else csv_path(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
     encoder = loaded(model, device, precision)
@@ -427,10 +420,8 @@ def _scorer(
             )
         return classifier.classes, joint_encoder(encoder)[0], classifier.head.scores
     encoder.tokenize([""])  # a model without a text tower fails before processes start
-    texts, scale = (
-        _name_features(encoder, names, prompts, batch_size).double(),
-        logit_scale(encoder),
-    )
+    texts = _name_features(encoder, names, prompts, batch_size).double()
+    scale = logit_scale(encoder)
     return names, None, lambda vectors: scale * vectors.double() @ texts.T
 
 

@@ -56,11 +56,9 @@ class Embedder:
         precision: Precision = "auto",
     ) -> None:
         # Workers may have another working directory.
-        self.model, self.source, self.columns = (
-            absolute(model),
-            source and absolute(source),
-            columns,
-        )
+        self.model = absolute(model)
+        self.source = source and absolute(source)
+        self.columns = columns
         self.image, self.id = image, id
         self.device, self.precision = device, precision
 

@@ -40,9 +40,8 @@ from declip.search.writer import describe_model
 log = logging.getLogger("declip")
 MOST = 10_000  # maximum number of results of a search
 ROWS = 8_192  # vectors whose products are kept at a time
-BLOCK_BYTES = (
-    2 << 20
-)  # float32 bytes of a block, which stays in a core's cache between conversion and product
+# float32 bytes of a block, which stays in a core's cache between conversion and product
+BLOCK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)

@@ -84,14 +84,12 @@ class IndexInfo(InfoSection):
     source: SourceInfo
     dtype: Dtype
     captions: bool  # whether captions have vectors too
-    precision: str = Field(
-        "", max_length=60
-    )  # that computed the vectors; "bf16, fp32" if some in each
+    # That computed the vectors; "bf16, fp32" if some in each
+    precision: str = Field("", max_length=60)
     rows: Count = 0
     dimension: Count = 0  # width of the vectors
-    skipped: dict[str, Any] = Field(
-        default_factory=lambda: SkipCounter().to_dict()
-    )  # in the last call of `embed`
+    # In the last call of `embed`
+    skipped: dict[str, Any] = Field(default_factory=lambda: SkipCounter().to_dict())
 
     def save(self, folder: Path) -> None:
         """Write index.json durably; raises `UserError` if that fails."""

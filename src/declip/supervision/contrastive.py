@@ -74,9 +74,8 @@ def cross_entropy_to_keys(
         logits = scaled_similarity(rows[start:stop], keys, scale)
         positives = torch.arange(offset + start, offset + stop, device=rows.device)
         if smoothing or ids is not None:
-            positive = positives[:, None] == torch.arange(
-                len(keys), device=rows.device
-            )  # (rows, N)
+            # (rows, N)
+            positive = positives[:, None] == torch.arange(len(keys), device=rows.device)
         if ids is not None:
             own, others = ids[0][start:stop, None], ids[1]
             kept = ((own != others) | (own == 0)).all(dim=-1) | positive

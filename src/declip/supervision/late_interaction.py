@@ -159,10 +159,8 @@ class LateInteraction(Term):
 
     def pad_keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         missing = self.longest - features["words"].shape[1]
-        words, mask = (
-            F.pad(features["words"], (0, 0, 0, missing)),
-            F.pad(features["word_mask"], (0, missing)),
-        )
+        words = F.pad(features["words"], (0, 0, 0, missing))
+        mask = F.pad(features["word_mask"], (0, missing))
         return features | {"words": words, "word_mask": mask}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:

@@ -166,9 +166,8 @@ class Objective(nn.Module):
         gathered = own = Rows(outputs.views, images, texts, {})
         if gather is not None:
             keys = {name: term.pad_keys(keys[name]) for name, term in terms}
-            gathered, keys = gather_rows(
-                own, keys, gather
-            )  # (V, N, d), (T, N, d) and (N, …), N pairs of all ranks
+            # (V, N, d), (T, N, d) and (N, …), N pairs of all ranks
+            gathered, keys = gather_rows(own, keys, gather)
         # Loss of this rank's rows against the keys of all ranks
         similarity = Similarity(model.logit_scale.exp(), model.logit_bias)
         losses = {}
@@ -187,14 +186,12 @@ class Objective(nn.Module):
             any(getattr(need, output) for need in self.needs)
             for output in ("tokens", "pre_logits", "masked")
         )
-        images = encode_views(
-            model, [view.pixels for view in batch.views.values()]
-        )  # V · (B, 3, S, S) → (V, B, d)
+        # V · (B, 3, S, S) → (V, B, d)
+        images = encode_views(model, [view.pixels for view in batch.views.values()])
         captions, masked_at, lengths = self._captions(batch, masked)  # (T or T + 1, B, L)
         buckets, step = self.recipe.train.length_buckets, length_step(self.recipe)
-        texts = encode_by_length(
-            model.text_tower, captions.flatten(0, 1), lengths, buckets, step
-        )  # (T · B, d)
+        # (T · B, d)
+        texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, buckets, step)
         count, size = captions.shape[:2]
         text_tokens = texts.text_tokens.unflatten(0, (count, size))  # (T, B, L, w)
         rows, targets = None, None

@@ -38,9 +38,8 @@ class TowerOutputs:
 
 def joined(parts: Sequence[TowerOutputs]) -> TowerOutputs:
     """Join the outputs of consecutive parts of a batch."""
-    axes = dict.fromkeys(
-        ("images", "texts", "pre_logits"), 1
-    )  # of pairs; others count pairs or masked tokens first
+    # Of pairs; others count pairs or masked tokens first
+    axes = dict.fromkeys(("images", "texts", "pre_logits"), 1)
     names = parts[0].tensors()
     whole = {
         name: torch.cat([getattr(part, name) for part in parts], dim=axes.get(name, 0))

@@ -39,16 +39,12 @@ MOST_LOADERS = 32  # loader processes of a training process: each holds two batc
 
 def held_out_sets(given: Any) -> list[Any]:
     """A list of held-out sets; a list of dicts or (image, caption) is one set."""
-    one = isinstance(given, list | tuple) and any(
-        isinstance(item, Mapping | tuple) for item in given
-    )
-    return (
-        list(given)
-        if isinstance(given, list | tuple) and not one
-        else []
-        if given is None
-        else [given]
-    )
+    if given is None:
+        return []
+    if not isinstance(given, list | tuple):
+        return [given]
+    is_one = any(isinstance(item, Mapping | tuple) for item in given)
+    return [given] if is_one else list(given)
 
 
 class Resolved(NamedTuple):
@@ -137,9 +133,8 @@ def assemble(
     built = build_optimizer(
         trained, recipe.train, multipliers, objective.over_vocabulary, extensions.optimizer
     )
-    if (
-        not distributed.is_rank_zero()
-    ):  # which continues the stream of the weights, as one process does
+    # Which continues the stream of the weights, as one process does
+    if not distributed.is_rank_zero():
         distributed.seed_rank(recipe.seed, 0)
     # --- loader and held-out sets
     threads = torch.get_num_threads() if device.type == "cpu" else 1
@@ -235,8 +230,6 @@ def _start_or_continue(state: RunState, resume: bool) -> None:
         state.pretrained.keep(state.folder, state.recipe)
     # The loader has not begun.
     done, loader = state.progress.step, state.loader
-    loader.step, loader.skipped, loader.seen = (
-        done,
-        state.progress.skipped,
-        done * state.recipe.train.batch_size,
-    )
+    loader.step = done
+    loader.skipped = state.progress.skipped
+    loader.seen = done * state.recipe.train.batch_size

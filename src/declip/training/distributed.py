@@ -29,13 +29,11 @@ warnings.filterwarnings(
 )
 
 RANK_TIMEOUT = 600.0  # seconds that a process waits for the others at a step before the run ends
-LONG_TIMEOUT = timedelta(
-    hours=12
-)  # how long the other ranks wait while rank 0 evaluates, writes or reads
+# How long the other ranks wait while rank 0 evaluates, writes or reads
+LONG_TIMEOUT = timedelta(hours=12)
 
-JOINS = (
-    count()
-)  # numbers the process groups of this process: one that ended leaves its addresses in the store
+# Numbers the process groups of this process: one that ended leaves its addresses in the store
+JOINS = count()
 
 
 def rank() -> int:
@@ -98,9 +96,8 @@ def gather(counts: Sequence[int]) -> Gather | None:
     """
 
     def rows(own: Tensor) -> Tensor:
-        padding = own.new_zeros(
-            max(counts) - len(own), *own.shape[1:]
-        )  # a collective needs equal shapes
+        # A collective needs equal shapes
+        padding = own.new_zeros(max(counts) - len(own), *own.shape[1:])
         parts = all_gather(torch.cat([own, padding]))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 

@@ -187,14 +187,12 @@ def build_optimizer(
     ]
     if make is not None:
         return _made(make, options)
-    if (
-        train.optimizer == "sgd"
-    ):  # as in DeCLIP's recipes for 88 million pairs; the fused one cannot be sharded
+    # As in DeCLIP's recipes for 88 million pairs; the fused one cannot be sharded
+    if train.optimizer == "sgd":
         return torch.optim.SGD(options, lr=train.warmup_lr, momentum=0.9, nesterov=True)
     kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
-    return kind(
-        options, lr=train.warmup_lr, betas=(0.9, 0.98), fused=True
-    )  # as in DeCLIP's YFCC15M recipe
+    # As in DeCLIP's YFCC15M recipe
+    return kind(options, lr=train.warmup_lr, betas=(0.9, 0.98), fused=True)
 
 
 def _made(make: OptimizerFactory, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

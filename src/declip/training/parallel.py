@@ -31,11 +31,10 @@ class Learner(nn.Module):
 
     def __init__(self, model: DualEncoder, objective: Objective) -> None:
         super().__init__()
-        self.model, self.objective, self.sharded = (
-            model,
-            objective,
-            False,
-        )  # FSDP shards towers and heads
+        # FSDP shards towers and heads
+        self.model = model
+        self.objective = objective
+        self.sharded = False
         self.finish_views: Finish = views.apply  # or a faster one
         image = objective.recipe.image
         self.mean, self.std = (
@@ -65,9 +64,8 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
     chunk = grad_cache_chunk(train)
     if train.channels_last and (train.strategy == "ddp" or distributed.world_size() == 1):
         model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    elif (
-        train.channels_last
-    ):  # FSDP takes contiguous weights only; convolutions follow the images' format as well
+    # FSDP takes contiguous weights only; convolutions follow the images' format as well
+    elif train.channels_last:
         model.image_tower.register_forward_pre_hook(
             lambda _, x: x[0].contiguous(memory_format=torch.channels_last)
         )
@@ -75,9 +73,8 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
         synchronize(learner if chunk is None else objective)
     for tower in (model.image_tower, model.text_tower) if train.grad_checkpointing else ():
         grad_checkpointing(tower)
-    if (
-        train.compile and model.device.type == "cuda"
-    ):  # on a CPU it gained 3 to 5 % with small towers, else nothing
+    # On a CPU it gained 3 to 5 % with small towers, else nothing
+    if train.compile and model.device.type == "cuda":
         compile_blocks(model)
         learner.finish_views = fused_views.compiled()
     if distributed.world_size() == 1 or chunk is not None:
@@ -87,9 +84,8 @@ def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> n
         learner.sharded = True
         return learner
     known = signature(DistributedDataParallel).parameters
-    buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # before torch 2.13
+    # Before torch 2.13
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     # The queue and synchronized batch norms are equal on all ranks by construction.
     options: Any = {buffers: False, "find_unused_parameters": not objective.reaches_all}
     return DistributedDataParallel(learner, gradient_as_bucket_view=True, **options)
@@ -289,9 +285,8 @@ class _Normalized(torch.autograd.Function):
         # --- own statistics, then those of all ranks
         rows = values.numel() // x.shape[1]
         variance, mean = torch.var_mean(values, axes, correction=0)  # (C,)
-        own = torch.cat(
-            [mean, variance * rows, values.new_full((1,), rows)]
-        )  # a constant, so without a copy
+        # A constant, so without a copy
+        own = torch.cat([mean, variance * rows, values.new_full((1,), rows)])
         ranks = distributed.from_ranks(own)  # (W, 2 · C + 1)
         means, squares, counts = ranks.split([len(mean), len(mean), 1], dim=1)
         count = counts.sum()

@@ -109,9 +109,8 @@ class RunState:
     held_out: HeldOutSets
     model: DualEncoder
     objective: Objective
-    pretrained: (
-        Pretrained | None
-    )  # what was loaded, also from a text encoder; None where all weights are random
+    # What was loaded, also from a text encoder; None where all weights are random
+    pretrained: Pretrained | None
     learner: nn.Module  # model and objective as one module, distributed over the ranks
     optimizer: torch.optim.Optimizer
     loader: PairLoader  # batches of images and captions from the next step on
@@ -212,10 +211,8 @@ def restore(state: RunState, checkpoint: Checkpoint) -> None:
 
 def _refuse_other_pairs(state: RunState, before: Mapping[str, list[str]]) -> None:
     for name, now in state.samples.items():
-        then, pairs = (
-            before.get(name, now),
-            f"{name} '{state.source.name}'" if name == TRAINING else f"set '{name}'",
-        )
+        then = before.get(name, now)
+        pairs = f"{name} '{state.source.name}'" if name == TRAINING else f"set '{name}'"
         # A broken pair, empty here, may be repaired.
         differ = sum(a != b for a, b in zip(then[1:], now[1:], strict=False) if a and b)
         if differ or then[0] != now[0]:

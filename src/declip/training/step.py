@@ -97,9 +97,8 @@ def _backward_in_chunks(
     losses = {name: loss * sync.weight for name, loss in losses.items()}
     losses["loss"].backward()
     for part, state, first in zip(chunks, states, leaves, strict=True):
-        set_random_states(
-            state, model.device
-        )  # dropout must sample the same masks as in the first pass
+        # Dropout must sample the same masks as in the first pass
+        set_random_states(state, model.device)
         ready = learner.prepare(part)
         with learner.autocast():
             again = objective.run_towers(model, ready).tensors()

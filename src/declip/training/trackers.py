@@ -56,9 +56,8 @@ class WandB(Tracker):
     library = "wandb"
 
     def start(self, info: RunInfo) -> None:
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # read by the import; keeps it off the network
+        # Read by the import; keeps it off the network
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
@@ -70,18 +69,16 @@ class WandB(Tracker):
             dir=info.folder,
             mode=mode,
             config=read_yaml(Run(info.folder).recipe_text),
-            settings=wandb.Settings(
-                console="off", silent=info.quiet
-            ),  # standard error stays the progress bar's
+            # Standard error stays the progress bar's
+            settings=wandb.Settings(console="off", silent=info.quiet),
         )
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish(
-            exit_code=int(sys.exc_info()[0] is not None)
-        )  # whether an error ends the run
+        # Whether an error ends the run
+        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
 
 # By their name in train.report_to, which may also be that of a plugin

@@ -44,9 +44,8 @@ class Trainer:
     def __init__(self, state: RunState) -> None:
         recipe = state.recipe
         self.state, self.progress, self.loader = state, state.progress, state.loader
-        self.first_bad = torch.tensor(
-            -1, device=state.model.device
-        )  # step whose loss or gradient is not finite
+        # Step whose loss or gradient is not finite
+        self.first_bad = torch.tensor(-1, device=state.model.device)
         self.losses = LossMonitor(
             recipe.train.batch_size, recipe.train.warmup_steps, state.objective.watched
         )
@@ -105,9 +104,9 @@ class Trainer:
                     )
                 )
             self.loader.close()
-        status = (
-            130 if self.stop.signal == signal.SIGINT else 0 if distributed.launched() else TRY_AGAIN
-        )
+        status = 0 if distributed.launched() else TRY_AGAIN
+        if self.stop.signal == signal.SIGINT:
+            status = 130
         return Run(state.folder, self.progress.step, finished, status, self.is_rank_zero)
 
     def _prepare(self, monitor: Monitor) -> None:
@@ -149,9 +148,8 @@ class Trainer:
                 progress.step += 1
                 step, done = progress.step, progress.step >= train.steps
                 stopped = sync.stop or (self.stop.asked and len(sync.rows) == 1)
-                if (
-                    state.model.device.type == "cpu"
-                ):  # elsewhere a wait for the device, so only where one is due
+                # Elsewhere a wait for the device, so only where one is due
+                if state.model.device.type == "cpu":
                     self._refuse_nonfinite(values)
 
                 # --- log, also before an evaluation that may end the run
@@ -234,9 +232,8 @@ class Trainer:
         if sync.usable:
             values = training_step(state.learner, state.optimizer, batch, sync)
             bad = ~torch.isfinite(values["loss"] + values["grad_norm"])
-            self.first_bad = torch.where(
-                (self.first_bad < 0) & bad, step, self.first_bad
-            )  # no wait for the device
+            # No wait for the device
+            self.first_bad = torch.where((self.first_bad < 0) & bad, step, self.first_bad)
             return values, lr
         if self.is_rank_zero:
             warn_once("Steps with too few usable pairs (fewer than one on a process) are skipped.")

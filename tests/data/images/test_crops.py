@@ -84,9 +84,8 @@ ALONE = {
 
 @pytest.mark.parametrize("options", ALONE.values(), ids=ALONE.keys())
 def test_photometric_equals_torchvision_on_each_sample(options, monkeypatch):
-    monkeypatch.setattr(
-        views, "CHUNK_BYTES", 3 * 4 * 3 * 24 * 24
-    )  # chunks of three: boundaries are met
+    # Chunks of three: boundaries are met
+    monkeypatch.setattr(views, "CHUNK_BYTES", 3 * 4 * 3 * 24 * 24)
     maker, images = transform(**options), colors(80)
     params, untouched = sampled(maker, 80, np.random.default_rng(1)), images.clone()
     assert_equal_views(applied(images, params), one_by_one(images, params))
@@ -102,10 +101,8 @@ def test_every_order_of_the_jitter_occurs():
 
 
 def test_views_of_any_size_go_together():
-    generator, makers = (
-        np.random.default_rng(0),
-        [transform(size, blur_prob=1.0) for size in (16, 48, 17)],
-    )
+    generator = np.random.default_rng(0)
+    makers = [transform(size, blur_prob=1.0) for size in (16, 48, 17)]
     given = {
         str(maker.size): View(colors(8, maker.size), sampled(maker, 8, generator))
         for maker in makers

@@ -57,9 +57,8 @@ def test_every_mode_becomes_rgb_over_white(image, kind, options, pixel):
 
 def test_a_scan_in_16_bits_whose_zero_is_white_is_not_inverted():
     content = encoded(Image.fromarray(np.full((4, 4), 40_000, np.uint16)), "TIFF")
-    black, white = (
-        b"\x06\x01\x03\x00\x01\x00\x00\x00" + bytes([kind, 0]) for kind in (1, 0)
-    )  # tag 262
+    # Tag 262
+    black, white = (b"\x06\x01\x03\x00\x01\x00\x00\x00" + bytes([kind, 0]) for kind in (1, 0))
     assert decode(content.replace(black, white), "k").getpixel((1, 1)) == (99, 99, 99)
 
 
@@ -145,10 +144,8 @@ def test_exif_turns_size_pixels_and_smaller_pixels(decoder, orientation):
     exif[0x0112] = orientation
     for kind in ("JPEG", "PNG"):
         content = encoded(scene(), kind, exif=exif)
-        picture, expected = (
-            open_image(content, "k"),
-            ImageOps.exif_transpose(Image.open(BytesIO(content))),
-        )
+        picture = open_image(content, "k")
+        expected = ImageOps.exif_transpose(Image.open(BytesIO(content)))
         assert picture.size == expected.size
         np.testing.assert_array_equal(picture.pixels(), np.asarray(expected))
         assert decode(content, "k").tobytes() == expected.tobytes()

@@ -86,18 +86,16 @@ SIDEWAYS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Tra
 TURNS = dict(enumerate((*UPRIGHT, *SIDEWAYS), 2))
 
 SCALES = (8, 4, 2)  # divisors of the sides that libjpeg supports while it decodes
-SMALLEST_SCALED = (
-    8  # pixels that a side keeps at least; the decoders disagree about images smaller than a block
-)
+# Pixels that a side keeps at least; the decoders disagree about images smaller than a block
+SMALLEST_SCALED = 8
 SAME_EVERYWHERE = (
     "YCbCr",
     "Gray",
     "RGB",
 )  # color spaces that simplejpeg converts to the same RGB as Pillow
 AnyImage = Path | bytes | Image.Image  # an image, its file, or the bytes of that
-Picture = (
-    Image.Image | str | Path | np.ndarray
-)  # what the Python functions take for an image, see `read_picture`
+# What the Python functions take for an image, see `read_picture`
+Picture = Image.Image | str | Path | np.ndarray
 
 
 def decode(source: AnyImage, key: str, most_pixels: int = MOST_PIXELS) -> Image.Image:
@@ -188,9 +186,8 @@ def check_file(path: Path, key: str) -> None:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
-        reason = (
-            getattr(error, "strerror", None) if str(path) == key else None
-        )  # else also where the path leads
+        # Else also where the path leads
+        reason = getattr(error, "strerror", None) if str(path) == key else None
         raise BrokenPair("missing image", key, reason or str(error)) from error
     if status.st_size > LARGEST_IMAGE:
         raise BrokenPair(
@@ -230,10 +227,11 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         # By the type's usual range: 0 to 65,535, or 0 to 1 or 255 for floats.
         values = np.nan_to_num(np.asarray(image, np.float32))
-        top = 65_535.0 if image.mode != "F" else 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-        if (
-            getattr(image, "tag_v2", {}).get(262) == 0
-        ):  # of TIFF: 0 is white, which Pillow applies at 8 bits only
+        top = 65_535.0
+        if image.mode == "F":
+            top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
+        # Of TIFF: 0 is white, which Pillow applies at 8 bits only
+        if getattr(image, "tag_v2", {}).get(262) == 0:
             values = top - values
         image = Image.fromarray((values.clip(0.0, top) * (255.0 / top) + 0.5).astype(np.uint8))
     if image.has_transparency_data:

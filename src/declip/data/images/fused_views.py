@@ -15,9 +15,8 @@ from torch import Tensor
 from declip.data.batch import unpack_photometric
 from declip.data.images.views import BLUR_RADIUS, JITTER, LUMA, Finish
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(
-    len(JITTER)
-)  # numbers of the operations in `Photometric.order`
+# Numbers of the operations in `Photometric.order`
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(len(JITTER))
 
 
 def compiled(backend: str = "inductor") -> Finish:
@@ -48,17 +47,15 @@ def apply(
     host = (factors, params.order, params.gray)
     tensors = [tensor.to(images.device, non_blocking=True) for tensor in host]
     for tensor in (images, *tensors):
-        torch._dynamo.maybe_mark_dynamic(
-            tensor, 0
-        )  # batches lack broken pairs: one graph for any number of images
+        # Batches lack broken pairs: one graph for any number of images
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
     out = (colors or change_colors)(images, *tensors)
     rows = params.sigma.nonzero().flatten()
     if len(rows):
         taps = blur_matrices(params.sigma[rows], images.shape[-1], images.device)
         rows = rows.to(images.device, non_blocking=True)
-        blurred = (
-            taps @ out.index_select(0, rows) @ taps.mT
-        )  # (k, 1, H, H) @ (k, 3, H, W) @ (k, 1, W, W)
+        # (k, 1, H, H) @ (k, 3, H, W) @ (k, 1, W, W)
+        blurred = taps @ out.index_select(0, rows) @ taps.mT
         out.index_copy_(0, rows, blurred)
     return out.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
 
@@ -117,10 +114,8 @@ def _changed(pixels: _Colors, operation: Tensor, factors: Tensor, level: Tensor 
 def _turned(pixels: _Colors, shift: Tensor) -> _Colors:
     """Turn the color circle by shift (n,), in turns; for the formula see `views.hue`."""
     red, green, blue = pixels
-    low, high = (
-        torch.minimum(torch.minimum(red, green), blue),
-        torch.maximum(torch.maximum(red, green), blue),
-    )
+    low = torch.minimum(torch.minimum(red, green), blue)
+    high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - low
     angle = ((green + blue - red - low) / chroma.clamp_min(1e-12) + 1).copysign(green - blue)
     channels = []

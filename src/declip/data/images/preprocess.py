@@ -33,9 +33,8 @@ class Preprocess:
         resize: int | None = None,
     ) -> None:
         self.resize = resize or size
-        self.enough = (
-            LEFT * self.resize
-        )  # of the shorter side of a reduced image, see `LazyImage.reduced`
+        # Of the shorter side of a reduced image, see `LazyImage.reduced`
+        self.enough = LEFT * self.resize
         self.size, self.squash, self.filter = size, squash, Image.Resampling[interpolation.upper()]
         self.mean, self.std = (
             torch.tensor(tuple(values), dtype=torch.float32) for values in (mean, std)

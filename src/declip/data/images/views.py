@@ -19,12 +19,10 @@ LUMA = (
     0.587,
     0.114,
 )  # of red, green and blue in a gray value, as torchvision has it (ITU-R 601-2)
-CHUNK_BYTES = (
-    1 << 19
-)  # of the float32 images processed together on a CPU: they fit its second-level cache
-SIGMAS_KEPT = (
-    6.0  # a tap further out weighs less than 2e-8 of the central one: no effect in float32
-)
+# Of the float32 images processed together on a CPU: they fit its second-level cache
+CHUNK_BYTES = 1 << 19
+# A tap further out weighs less than 2e-8 of the central one: no effect in float32
+SIGMAS_KEPT = 6.0
 CROP_ATTEMPTS = 10  # boxes sampled before the largest central one is taken, as in torchvision's RandomResizedCrop
 RATIO = (3 / 4, 4 / 3)  # smallest and largest aspect ratio of a box
 BLUR_SIGMA = (0.1, 2.0)  # smallest and largest sigma of the blur, in pixels
@@ -76,9 +74,8 @@ def _chunks(photometric: Tensor, limit: int) -> Iterator[_Chunk]:
     order = np.where(acts, order, -1)
     # (n, 4): the operations that act, in their order, then -1
     order = np.take_along_axis(order, np.argsort(~acts, axis=1, kind="stable"), axis=1)
-    code = (order + 1) @ np.array(
-        [125, 25, 5, 1]
-    )  # one number for each list of operations: equal ones form a chunk
+    # One number for each list of operations: equal ones form a chunk
+    code = (order + 1) @ np.array([125, 25, 5, 1])
     rows = np.lexsort((sigma, code))
     edges = np.flatnonzero(np.diff(code[rows], prepend=-1))
     for start, stop in zip(edges, [*edges[1:], len(rows)], strict=True):
@@ -185,10 +182,8 @@ class Crop(NamedTuple):
     def reduced(self, scale: int) -> Crop:
         """The same crop of an image that is `scale` times smaller, rounded to its pixels."""
         left, top = round(self.left / scale), round(self.top / scale)
-        right, bottom = (
-            round((self.left + self.width) / scale),
-            round((self.top + self.height) / scale),
-        )
+        right = round((self.left + self.width) / scale)
+        bottom = round((self.top + self.height) / scale)
         return Crop(left, top, right - left, bottom - top, self.flip)
 
 

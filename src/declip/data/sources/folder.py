@@ -24,10 +24,9 @@ MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # a larger .txt file does not hold ca
 RDF, DC = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}", "{http://purl.org/dc/elements/1.1/}"
 XMP_TEXTS, XMP_KEYWORDS = (f"{DC}description", f"{DC}title"), f"{DC}subject"
 IPTC_TAG = 33723  # of TIFF
-IPTC_TEXTS, IPTC_KEYWORDS = (
-    ((2, 120), (2, 105), (2, 5)),
-    (2, 25),
-)  # caption, headline and object name
+# caption, headline and object name
+IPTC_TEXTS = ((2, 120), (2, 105), (2, 5))
+IPTC_KEYWORDS = (2, 25)
 # Descriptions that cameras write into every file.
 CAMERAS = {
     "olympus digital camera",

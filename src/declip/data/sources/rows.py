@@ -56,12 +56,15 @@ def label_text(cell: Any) -> str:
     """A cell as a part of a caption: a text, a number, or a list of these; empty for none, for NaN and for bytes."""
     values = list(cell) if isinstance(cell, list | tuple | np.ndarray) else [cell]
     texts = list[str]()
-    for value in (value.item() if isinstance(value, np.generic) else value for value in values):
+    for value in values:
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, bytes):
+            continue
         # Whole numbers of a column with empty cells are floats in pandas.
-        whole = isinstance(value, float) and value.is_integer()
-        texts.append(
-            "" if isinstance(value, bytes) else cell_name(int(value) if whole else value).strip()
-        )
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        texts.append(cell_name(value).strip())
     return ", ".join(filter(None, texts))
 
 
@@ -83,9 +86,8 @@ class TableRows(ABC):
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path.parent  # the folder that image paths are relative to
         self.files = [path]
-        self.large = (
-            path.is_file() and path.stat().st_size > LARGE_TABLE
-        )  # what is read goes to a cache file
+        # What is read goes to a cache file
+        self.large = path.is_file() and path.stat().st_size > LARGE_TABLE
 
     @abstractmethod
     def read(self, wanted: Sequence[str], captions: Names = (), labels: Names = ()) -> Batches:
@@ -176,9 +178,8 @@ class TextRows(TableRows):
                 line = rest = file.readline(LONGEST_ROW + 1)
                 while rest and not rest.endswith("\n"):
                     rest = file.readline(LONGEST_ROW)
-                if number == 1 and line.startswith(
-                    ("\udcff\udcfe", "\udcfe\udcff")
-                ):  # a byte order mark
+                # A byte order mark
+                if number == 1 and line.startswith(("\udcff\udcfe", "\udcfe\udcff")):
                     raise UserError(f"The table '{self.path}' is UTF-16. Save it as UTF-8.")
                 if not line:
                     return

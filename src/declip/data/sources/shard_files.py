@@ -40,9 +40,8 @@ class OpenFile:
 
     def __init__(self, path: str | Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(
-            self, os.close, self._descriptor
-        )  # unlike `__del__` it also works at the end of Python
+        # Unlike `__del__` it also works at the end of Python
+        weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size  # bytes
 
     def read(self, size: int, at: int) -> bytes:
@@ -87,9 +86,8 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
     """The file system of a URL and the path on it; errors, which differ by system, become `UnreadableShard`."""
     try:
         core = importlib.import_module("fsspec.core")
-        yield core.url_to_fs(
-            url
-        )  # requested each time: fsspec then returns a new one in a forked process
+        # Requested each time: fsspec then returns a new one in a forked process
+        yield core.url_to_fs(url)
     except ImportError as error:
         needed = "pip install 'declip[remote]', and the package for this URL (s3fs, gcsfs, huggingface_hub for hf)"
         raise UserError(f"Reading '{url}' requires fsspec: {needed}.") from error
@@ -188,9 +186,8 @@ def _copy(shard: Shard) -> OpenFile:
         try:
             with atomic_write(path) as partial:
                 _retried(fetch, shard.name, partial, shard.size)
-                opened = OpenFile(
-                    partial
-                )  # another process may remove the copy as soon as it has its name
+                # Another process may remove the copy as soon as it has its name
+                opened = OpenFile(partial)
         except UnreadableShard as error:
             _failed[shard.state] = time.monotonic(), str(error)
             raise

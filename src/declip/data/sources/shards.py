@@ -28,9 +28,8 @@ from declip.io.cache import cached_table, trim_cache
 from declip.io.pool import pairs_bar
 
 LARGEST_TEXT = 1_000_000  # bytes of a text or JSON file
-LARGEST_HEADER = (
-    1 << 18
-)  # bytes read of a member's headers: `tarfile` reads extended ones of any size they claim
+# Bytes read of a member's headers: `tarfile` reads extended ones of any size they claim
+LARGEST_HEADER = 1 << 18
 LARGEST_SIZE = 1 << 62
 MOST_PADDING = 1 << 20  # bytes after the end of an archive; tar's own blocks have 10 KiB
 OPEN_INDICES = 2048  # indices that stay mapped; each takes about 10 kB in addition to its map

@@ -90,11 +90,9 @@ class Subset(DerivedSource):
     def __init__(self, source: PairSource, indices: np.ndarray, name: str | None = None) -> None:
         self.source, self.indices = source, indices
         self.name = name or f"{source.name}[{len(indices)}]"
-        self.credit, self.remote, self.group_column = (
-            source.credit,
-            source.remote,
-            source.group_column,
-        )
+        self.credit = source.credit
+        self.remote = source.remote
+        self.group_column = source.group_column
         self.captions_from = source.captions_from
         self.column_names = source.column_names
 
@@ -199,10 +197,8 @@ class PairList(NamedTuple):
 
 def list_of(spec: str, columns: Columns, source: PairSource, indices: Iterable[int]) -> PairList:
     """A list of pairs of the opened source `spec`; for a list of pairs, it refers to the source of that."""
-    listed, positions = (
-        PairList(spec, columns, len(source), []),
-        cast(Sequence[int], range(len(source))),
-    )
+    listed = PairList(spec, columns, len(source), [])
+    positions = cast(Sequence[int], range(len(source)))
     if spec.lower().endswith(LIST_KIND) and isinstance(source, Subset):
         listed, source = read_pair_list(Path(spec).expanduser()), source.source
         positions = listed.indices

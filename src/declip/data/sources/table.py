@@ -58,9 +58,8 @@ OTHER_TEXTS = (
     "alt",
     "alt_text",
 )  # never tried, but named where captions are guessed
-warn_once = cache(
-    logging.getLogger("declip").warning
-)  # once per process, however often the table is opened
+# Once per process, however often the table is opened
+warn_once = cache(logging.getLogger("declip").warning)
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 Captions = dict[str, tuple[str, ...]]
@@ -180,9 +179,8 @@ class TableSource(EntrySource):
                 name for name, kind in kinds.items() if is_text(kind) or pa.types.is_integer(kind)
             ]
         numbers: dict[str, list[int]] = {name: [] for name in names}
-        with suppress(
-            UserError, pa.ArrowException, OSError, UnicodeDecodeError
-        ):  # these columns are not needed
+        # These columns are not needed
+        with suppress(UserError, pa.ArrowException, OSError, UnicodeDecodeError):
             for batch in self.file.read(names)[1] if names else ():
                 for name in names:
                     numbers[name] += map(group_number, batch[name].to_pylist())

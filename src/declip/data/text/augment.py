@@ -90,9 +90,8 @@ def mask_tokens(
     draws = generator.random(masked.index(tokenizer.end) - 1)
     for position in np.flatnonzero(draws < probability).tolist():
         labels[position + 1] = masked[position + 1]
-        kind = (
-            draws[position] / probability
-        )  # evenly in [0, 1), since the draw is below the probability
+        # Evenly in [0, 1), since the draw is below the probability
+        kind = draws[position] / probability
         if kind < _MASKED:
             masked[position + 1] = tokenizer.mask
         elif kind < _MASKED + _RANDOM:
