@@ -328,9 +328,3 @@ def test_a_saved_head_gives_the_same(model, folder, examples, tmp_path, weights_
     head.write_bytes(head.read_bytes()[:-8])
     for file in ("bare.safetensors", "head.safetensors", "gone.safetensors"):
         refuses(file, declip.classify, model, folder, head=tmp_path / file)
-
-
-def test_a_table_of_another_kind_is_refused_before_the_model_is_read(tmp_path):
-    texture(0).save(tmp_path / "a.png")
-    given = "/nowhere/model.safetensors", tmp_path / "a.png", ["a", "b"]
-    refuses(r"\.csv", declip.classify, *given, out=tmp_path / "x.txt")
