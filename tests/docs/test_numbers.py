@@ -520,7 +520,16 @@ NUMBERS = {  # by the key of their markers, in the order of the page
     "coverage_recall": lambda: contained(
         "coverage.jsonl", "R1", "truth1", "R10", "truth10", first_seed=4
     ),
-    "posteriors_photographs": lambda: [*whole()][2:4],
+    "start_photographs": lambda: pick(
+        "few/neighbors-none.jsonl",
+        start="builtin:lite2-minilm",
+        set="stamps-photos",
+        neighbors=True,
+    )["whole"],
+    "clipart_fitted": lambda: (
+        dict(readme())["clip art, 1,197 pairs, 300 held-out images"][2:]
+        + dict(readme())["clip art, 1,197 pairs, 300 held-out images"][:2]
+    ),
     "words": lambda: [*words("all words")],
     "kinds": lambda: pick("few/kinds.jsonl", what="names")["top1"],
     "kinds_examples": lambda: [
