@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from declip.evaluation.datasets import open_dataset
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 from declip.models.encoder import as_encoder
 from declip.recipe.schema import Recipe
+from declip.reports import page
 from declip.reports.retrieval import retrieval
 from declip.reports.run import write_report
 from evaluation.conftest import features_of
@@ -204,3 +206,13 @@ def test_an_image_with_the_same_caption_is_right(painted):
     )
     assert (cat["caption"], cat["rank"]) == ("a cat", 1)
     assert [hit["caption"] for hit in cat["hits"] if hit["correct"]] == ["a cat"] * 2
+
+
+def test_a_class_of_the_style_sheet_has_one_rule():
+    """A second rule of the same name, for another element, would change the first one's."""
+    style = (Path(page.__file__).parent / "templates" / "style.css").read_text()
+    always = re.sub(r"(?s)/\*.*?\*/|@media[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}", "", style)
+    rules = [rule.strip() for rule in re.findall(r"([^{}]+)\{", always)]
+    classes = [rule for rule in rules if re.fullmatch(r"\.[\w-]+", rule)]
+    assert len(classes) > 20
+    assert [name for name in set(classes) if classes.count(name) > 1] == []
