@@ -8,8 +8,10 @@ import torch
 from torch.nn.functional import normalize
 
 from declip.closed_form import neighbors, related
-from declip.closed_form.heads import choose_heads
-from declip.closed_form.neighbors import Side, both_resemble, leading_axes
+from declip.closed_form.folds import assign_folds
+from declip.closed_form.heads import FOLDS, choose_heads
+from declip.closed_form.neighbors import Side, Similarities, both_resemble, leading_axes
+from declip.closed_form.ranks import ranks_by
 from declip.closed_form.related import known_pairs, with_neighbors
 from declip.closed_form.solve import Heads, Pairs
 from pair_features import class_pairs, features, pairs_of
@@ -51,6 +53,24 @@ def test_similarities_are_weighted_sums_of_cosines(nearest, monkeypatch):
     expected = (projected + 0.5 * parts[0] + 0.25 * parts[1]) / 1.75
     found = heads.embed_images(image[None]) @ heads.embed_texts(text[None]).mT
     assert float(found) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("with_classes", [True, False])
+def test_parts_weighted_afterward_equal_cosines_of_embeddings(with_classes):
+    classes = class_pairs(6) if with_classes else None
+    pairs = pairs_of(20)
+    pairs = Pairs(pairs.images.float(), pairs.texts.float(), pairs.owners)
+    known = known_pairs(pairs, classes)
+    heads = Heads(torch.randn(5, 12), torch.randn(5, 7))
+    images, texts = (side.float() for side in features(4, seed=3))
+    # resembles no known pair
+    images[0] = known.images.mean - 1e3 * known.images.anchors.mean(dim=0)
+    projected = heads.similarities(images, texts)
+    parts = Similarities.of(projected, known, images, texts)
+    for weights in ((0.5, 0.25), (1.0, 0.0)):
+        complete = replace(known, weights=torch.tensor(weights))
+        expected = heads._replace(neighbors=complete).similarities(images, texts)
+        torch.testing.assert_close(parts.weighted(weights), expected)
 
 
 def test_what_an_image_and_a_text_both_resemble_counts_most_in_their_cosine():
@@ -128,7 +148,9 @@ def test_neighbors_are_taken_where_they_rank_left_out_pairs_better():
     useless = Heads(
         torch.randn(4, 20, dtype=torch.float64), torch.randn(4, 20, dtype=torch.float64)
     )
-    found = with_neighbors(replace(choice, heads=useless, whole=None), pairs, groups, None)
+    outcome = ranks_by(useless, pairs, torch.from_numpy(assign_folds(groups, FOLDS)))
+    choice = replace(choice, heads=useless, whole=None, outcome=outcome)
+    found = with_neighbors(choice, pairs, groups, None)
     assert found.heads.neighbors is not None
     assert found.outcome.percentile(groups).value > 0.8
 

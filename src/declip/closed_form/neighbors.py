@@ -4,6 +4,7 @@ An image and a caption that resemble the same known pairs belong together (ASIF,
 Known are the pairs that are fitted to, and the classes of a classifier.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,16 +26,24 @@ class Side(NamedTuple):
     anchors: Tensor  # (a, v) of length 1, less their mean: pairs, then classes
     mean: Tensor  # (v,)
 
-    def features(self, pooled: Tensor, classes: int, weights: Tensor) -> Tensor:
-        """(n, a + c): cosines with the nearest anchors, and with the nearest of the c classes.
+    def halves(self, pooled: Tensor, classes: int) -> list[Tensor]:
+        """Cosines with the nearest anchors (n, a), and with the nearest of the c classes (n, c).
 
-        Both halves have the length of the square root of their weight, so that a product of two
-        rows is the weighted sum of two cosines.
+        Both have length 1; without classes only the first.
         """
         cosines = normalize(pooled - self.mean, dim=-1) @ self.anchors.mT
         halves = [nearest(cosines)]
         if classes:
             halves.append(nearest(cosines[:, len(self.anchors) - classes :]))
+        return halves
+
+    def features(self, pooled: Tensor, classes: int, weights: Tensor) -> Tensor:
+        """Both halves in one, (n, a + c).
+
+        Each has the length of the square root of its weight, so that a product of two rows is the
+        weighted sum of two cosines.
+        """
+        halves = self.halves(pooled, classes)
         scaled = [half * weight.sqrt() for half, weight in zip(halves, weights, strict=False)]
         return torch.cat(scaled, dim=-1)
 
@@ -91,6 +100,46 @@ class Neighbors:
         if self.axes is not None:
             joined = joined @ self.axes
         return normalize(joined, dim=-1)
+
+
+class Similarities(NamedTuple):
+    """Cosines of images (n,) and texts (m,) by each part, to be weighted in several ways.
+
+    What `Heads.similarities` computes, without an embedding for each choice of weights.
+    """
+
+    projected: Tensor  # (n, m)
+    of_halves: list[Tensor]  # each (n, m)
+    image_squares: Tensor  # (n, halves), squared lengths: 1, or 0 without any neighbor
+    text_squares: Tensor  # (m, halves)
+
+    @classmethod
+    def of(
+        cls, projected: Tensor, known: Neighbors, images: Tensor, texts: Tensor
+    ) -> "Similarities":
+        """Compare pooled features of images (n, v) and texts (m, w) by their neighbors."""
+        image_halves = known.images.halves(images.to(known.images.anchors), known.classes)
+        text_halves = known.texts.halves(texts.to(known.texts.anchors), known.classes)
+        of_halves = [image @ text.mT for image, text in zip(image_halves, text_halves, strict=True)]
+        image_squares = [half.square().sum(dim=1) for half in image_halves]
+        text_squares = [half.square().sum(dim=1) for half in text_halves]
+        return cls(
+            projected.to(of_halves[0]),
+            of_halves,
+            torch.stack(image_squares, dim=1),
+            torch.stack(text_squares, dim=1),
+        )
+
+    def weighted(self, weights: Sequence[float]) -> Tensor:
+        """Cosines (n, m), the halves with their weights; projections have 1."""
+        used = weights[: len(self.of_halves)]
+        total = self.projected.clone()
+        for half, weight in zip(self.of_halves, used, strict=True):
+            total += weight * half
+        scales = torch.tensor(used)
+        image_lengths = (1 + self.image_squares @ scales).sqrt()
+        text_lengths = (1 + self.text_squares @ scales).sqrt()
+        return total / image_lengths[:, None] / text_lengths
 
 
 def leading_axes(rows: Tensor, seed: int = 0) -> Tensor:

@@ -10,12 +10,19 @@ from torch.nn.functional import normalize
 from declip.closed_form.candidates import CAUTION, best_candidate
 from declip.closed_form.folds import assign_folds
 from declip.closed_form.heads import FOLDS, Choice
-from declip.closed_form.neighbors import Neighbors, Side, leading_axes
-from declip.closed_form.ranks import HeldOutRanks, ranks_by
+from declip.closed_form.neighbors import Neighbors, Side, Similarities, leading_axes
+from declip.closed_form.ranks import (
+    HeldOutBlock,
+    HeldOutRanks,
+    blocks,
+    caption_numbers,
+    score,
+)
 from declip.closed_form.solve import ClassPairs, Heads, Pairs
 
 # Of the neighbors among all known pairs, and among the classes; the projections have 1
-WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (1.0, 0.5), (0.0, 0.0))
+WITHOUT = (0.0, 0.0)
+WEIGHTS = ((0.5, 0.5), (1.0, 0.0), (1.0, 0.5), WITHOUT)
 MOST = 2_000  # pairs that are known, at random among more
 SEED = 0  # of the start of the search for axes
 
@@ -48,20 +55,25 @@ def _tried(
 ) -> dict[tuple[float, float], HeldOutRanks]:
     """Out-of-fold ranks by each of `WEIGHTS`."""
     folds = torch.from_numpy(assign_folds(groups, FOLDS, seed))
-    fitted, known = dict[int, Heads](), dict[int, Neighbors]()
+    numbers = caption_numbers(pairs)
+    parts = dict[tuple[float, float], list[tuple[HeldOutBlock, HeldOutRanks]]]()
     for fold in folds.unique().tolist():
         heads = choice.heads
         if choice.whole is not None:
             heads = choice.whole.heads_without(fold, choice.form)
-        fitted[fold] = heads.to(pairs.images)
-        known[fold] = known_pairs(_pairs_in(pairs, folds != fold), classes, seed)
-    tried = {}
-    for weights in WEIGHTS:
-        of_folds = {}
-        for fold, heads in fitted.items():
-            neighbors = replace(known[fold], weights=torch.tensor(weights))
-            of_folds[fold] = heads._replace(neighbors=neighbors) if any(weights) else heads
-        tried[weights] = ranks_by(of_folds, pairs, folds)
+        heads = heads.to(pairs.images)
+        left_out = folds == fold
+        known = known_pairs(_pairs_in(pairs, ~left_out), classes, seed)
+        for block in blocks(left_out.nonzero().flatten(), pairs.owners, numbers):
+            images, texts = pairs.images[block.images], pairs.texts[block.texts]
+            projected = heads.similarities(images, texts)
+            similarities = Similarities.of(projected, known, images, texts)
+            for weights in filter(any, WEIGHTS):
+                ranks = score(similarities.weighted(weights), block)
+                parts.setdefault(weights, []).append((block, ranks))
+    tried = {weights: HeldOutRanks.join(pairs, of_blocks) for weights, of_blocks in parts.items()}
+    if choice.outcome is not None:  # without neighbors
+        tried[WITHOUT] = choice.outcome
     return tried
 
 
