@@ -40,8 +40,8 @@ from declip.finetuning.request import Request
 from declip.finetuning.run import Start
 from declip.fitting.pairs import read_features
 from declip.fitting.run import FitTask, class_pairs, open_base
-from declip.interchange.architecture import architecture_of
 from declip.recipe.checks import load_for_training
+from declip.recipe.resolve import Facts, resolve
 from declip.training.pairs import open_training_source
 
 SIZES = (0, 31, 124, 500, 2_000, -1)  # training pairs; -1: all
@@ -95,7 +95,7 @@ class Data:
             keys["data.max_pairs"] = MOST
         started = Start(Request.of(name, weights, keys, freeze="both"))
         given = load_for_training("finetune", started.keys(MOST, False), name)
-        recipe = architecture_of(started.weights, given)
+        recipe = resolve(given, Facts(started.weights))
         source = open_training_source(recipe)
         base = open_base(recipe, started.weights)
         features = read_features(source, base, recipe.data.max_broken_fraction, True)

@@ -39,9 +39,10 @@ from declip.evaluation.readers import NAMED
 from declip.inspection.scan import Inspection, inspect_source
 from declip.models.device import pick_device
 from declip.recipe.load import load_recipe, parse_overrides, recipe_names
+from declip.recipe.resolve import Facts, resolve
 from declip.recipe.schema import ImageTowerConfig, Recipe, Train
 from declip.runs.folder import Run
-from declip.training.assemble import plan_of, resolve_epochs
+from declip.training.assemble import plan_of
 from declip.training.estimate import estimate
 from declip.training.pairs import open_training_source
 
@@ -449,7 +450,7 @@ def run(options: argparse.Namespace, experiment: Experiment) -> list[str]:
         shards["main"](Crops(experiment.pairs), options.data, 64, pairs=500, workers=0)
     recipe, tests = recipe_of(options, experiment), tests_there(options.test)
     source = open_training_source(recipe)
-    recipe = resolve_epochs(recipe, len(source))
+    recipe = resolve(recipe, Facts(pairs=len(source)))
     curve = None if options.curve is None else read_curve(options.curve, recipe.train)
     baseline = {
         where: number for number, where, _ in REPORTED.get((which[0], "clip", which[2]), [])

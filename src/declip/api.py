@@ -16,7 +16,6 @@ from declip.data.sources.open import name_sources
 from declip.data.sources.python_items import Items
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset
-from declip.evaluation.held_out import HeldOutSets
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.interchange.read import loaded
@@ -88,11 +87,9 @@ def train(
             )
     (source, *sets), sources = name_sources(data, *held_out_sets(val))
     loaded = load_for_training(recipe, overrides, source, sets, resume, sources)
-    held_out = HeldOutSets(loaded, sources)
-    resolved = held_out.assign(loaded) if sets else loaded
-    folder = Path(out).expanduser() if out is not None else Path("runs") / resolved.name
-    extensions = Extensions(callbacks, terms or {}, optimizer, augment, sources, held_out)
-    state = assemble(resolved, folder, resume, quiet, extensions)
+    folder = Path(out).expanduser() if out is not None else Path("runs") / loaded.name
+    extensions = Extensions(callbacks, terms or {}, optimizer, augment, sources)
+    state = assemble(loaded, folder, resume, quiet, extensions)
     run = Trainer(state).train(partial(write_report, held_out=state.held_out) if report else None)
     distributed.leave()
     return run

@@ -13,6 +13,7 @@ from conftest import refuses, texture, tiny_tree, write_table
 from declip.api import train
 from declip.evaluation.held_out import HeldOutSets
 from declip.recipe.checks import load_for_training
+from declip.recipe.resolve import Facts, resolve
 from interchange.towers import build
 
 
@@ -107,7 +108,8 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):
     loaded = load_for_training(
         "demo-clip", data="a [b]: c.csv", val=list(map(str, (both, classes, table)))
     )
-    recipe = HeldOutSets(loaded).assign(loaded)
+    sets = HeldOutSets(loaded).by_task(loaded.evaluation.val)
+    recipe = resolve(loaded, Facts(sets=sets))
     refuses(
         "generator is not a source",
         train,
@@ -118,6 +120,7 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):
     assert recipe.data.source == "a [b]: c.csv"
     assert recipe.evaluation.zero_shot == (str(both), str(classes))
     assert recipe.evaluation.retrieval == (str(both), str(table))
+    assert recipe.evaluation.val == ()
     assert recipe.evaluation.final_zero_shot == (), "the demo's sets go with the demo's pairs"
 
 

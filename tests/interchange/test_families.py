@@ -20,10 +20,10 @@ from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, MARK, TEXT, blocks, depths
 from declip.models.wrapped import WrappedImageTower
 from declip.recipe.load import load_recipe
+from declip.recipe.resolve import Facts, resolve
 from declip.runs.folder import KEPT, read_rows
 from declip.supervision.objective import Objective
 from declip.training.assemble import assemble
-from declip.training.pretrained import apply_architecture
 from interchange.families import CAPTIONS, FAMILIES, features, saved
 from interchange.towers import export_exactly, largest, pictures
 from training.starts import moved, resumes_exactly, state, trainer_of
@@ -208,7 +208,7 @@ def test_positions_are_stretched_or_cut(family, open_family, table, tmp_path):
     kept = declip_file.read_part(
         str(tmp_path / "run" / KEPT)
     ).check()  # what a resumed run starts from
-    assert apply_architecture(kept, recipe).text.context_length == tokens.shape[1] == length
+    assert resolve(recipe, Facts(kept)).text.context_length == tokens.shape[1] == length
     assert not moved(own, kept.build().state_dict())
     again = declip.load(export_exactly(model, "open_clip", tmp_path / "out"), device="cpu")
     assert isinstance(again, DualEncoder)
@@ -235,14 +235,12 @@ def test_positions_of_an_encoder_have_an_end(open_family, table, tmp_path):
 def test_losses_that_need_more_than_a_tower_gives_are_refused(open_family, table):
     weights = open_family("coca")[0]
     model = weights.build()
-    recipe = apply_architecture(
-        weights, tuned(table, weights.origin, loss_weights={"masked_language": 1.0})
-    )
+    asked = tuned(table, weights.origin, loss_weights={"masked_language": 1.0})
+    recipe = resolve(asked, Facts(weights))
     refuses(r"views\.text\.mask", Objective, recipe, model)
     model.text_tower.gives_tokens = False
-    recipe = apply_architecture(
-        weights, tuned(table, weights.origin, loss_weights={"late_interaction": 1.0})
-    )
+    asked = tuned(table, weights.origin, loss_weights={"late_interaction": 1.0})
+    recipe = resolve(asked, Facts(weights))
     refuses(r"text_tower.*loss_weights\.late_interaction", Objective, recipe, model)
 
 

@@ -21,11 +21,12 @@ from declip.interchange.read import is_published, read_start
 from declip.interchange.timm_weights import class_start, encode_texts
 from declip.models.layers import IMAGE, TEXT
 from declip.recipe.load import load_recipe
+from declip.recipe.resolve import Facts, resolve
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, without_prefix
 from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
-from declip.training.pretrained import apply_architecture, load_pretrained
+from declip.training.pretrained import load_pretrained
 from interchange.towers import build, unprojected
 from training.starts import STATISTICS, VIT, last, moved, state, trainer_of, tuned
 
@@ -58,7 +59,7 @@ def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path
 def test_a_key_that_the_weights_overrule_is_refused(keys, said, start, table, tmp_path):
     for recipe in ("finetune", "few-clip"):
         asked = load_recipe(recipe, {"finetune.pretrained": str(start), **keys})
-        refuses(said, apply_architecture, read_start(str(start)), asked)
+        refuses(said, resolve, asked, Facts(read_start(str(start))))
     given = {"finetune.pretrained": str(start), "data.source": str(table), **keys}
     refuses(said, train, "finetune", given, out=tmp_path / "run", quiet=True, report=False)
     assert not (tmp_path / "run").exists()
@@ -74,7 +75,8 @@ def test_keys_that_hold_beside_weights(start, table, tmp_path):
         "data.source": str(table),
     }
     for recipe in ("finetune", "few-clip", "declip-yfcc15m-vitb32"):
-        assert apply_architecture(found, load_recipe(recipe, keys)).image.mean == STATISTICS["mean"]
+        resolved = resolve(load_recipe(recipe, keys), Facts(found))
+        assert resolved.image.mean == STATISTICS["mean"]
     given = keys | {"image.mean": [0.1, 0.2, 0.3], "image.size": 48, "train.batch_size": 8}
     given |= {"image.interpolation": "bilinear", "image.crop_pct": 0.75}
     given |= {"image.model_kwargs": {"patch_drop_rate": 0.5}}
@@ -87,10 +89,8 @@ def test_keys_that_hold_beside_weights(start, table, tmp_path):
     assert (recipe.image.interpolation, recipe.image.resize) == ("bilinear", 64)
     assert recipe.image.model_kwargs == {**VIT["model_kwargs"], "patch_drop_rate": 0.5}
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
-    assert (
-        apply_architecture(found, load_recipe(tmp_path / "resolved.yaml")).model_dump()
-        == recipe.model_dump()
-    )
+    again = resolve(load_recipe(tmp_path / "resolved.yaml"), Facts(found))
+    assert again.model_dump() == recipe.model_dump()
 
 
 def test_heads_are_taken_whole_or_not_at_all(table, tmp_path, start):

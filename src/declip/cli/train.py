@@ -41,10 +41,9 @@ def train(
     given, sets = parse_overrides(overrides or []), val or ()
     checked = load_for_training(recipe, given, data, sets, resume)  # before torch is imported
     if dry_run:
-        from declip.evaluation.held_out import HeldOutSets
         from declip.training.estimate import estimate
 
-        say(estimate(HeldOutSets(checked).assign(checked) if val else checked))
+        say(estimate(checked))
         return
     from declip import api
 

@@ -44,6 +44,7 @@ ROUNDS = 3
 WARM = 3
 TIMED = 8
 WITHOUT_EVALUATION: dict[str, Any] = {
+    "evaluation.val": (),
     "evaluation.zero_shot": (),
     "evaluation.retrieval": (),
     "evaluation.final_zero_shot": (),

@@ -1,6 +1,6 @@
 """Held-out sets by their names, and the protocols that measure them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -60,16 +60,16 @@ class HeldOutSets:
             for name in recipe.evaluation.keep
         }
 
-    def assign(self, recipe: Recipe) -> Recipe:
-        """Evaluate sets that are listed for both tasks by zero-shot if they have classes, retrieval if captions."""
-        evaluation = recipe.evaluation
-        classes = tuple(name for name in evaluation.zero_shot if self.test(name).labels is not None)
-        captions = tuple(name for name in evaluation.zero_shot if self.captioned(name))
-        if neither := [name for name in evaluation.zero_shot if name not in {*classes, *captions}]:
-            raise UserError(
-                f"'{neither[0]}' has neither classes nor captions, so it can't be a held-out set."
-            )
-        return recipe.with_keys({"evaluation.zero_shot": classes, "evaluation.retrieval": captions})
+    def by_task(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Sets by the key of the task that they allow: "zero_shot" with classes, "retrieval" with captions."""
+        classes = tuple(name for name in names if self.test(name).labels is not None)
+        captions = tuple(name for name in names if self.captioned(name))
+        for name in names:
+            if name not in {*classes, *captions}:
+                raise UserError(
+                    f"'{name}' has neither classes nor captions, so it can't be a held-out set."
+                )
+        return {"zero_shot": classes, "retrieval": captions}
 
     def captioned(self, name: str) -> bool:
         """Whether any of a set's first pairs has a caption other than the name of its class, for retrieval."""

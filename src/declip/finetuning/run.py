@@ -24,7 +24,6 @@ from declip.finetuning.wise_ft import mix_with_start
 from declip.fitting.run import FitTask, refuse_other_files, run_fit
 from declip.inspection.split import check_copies
 from declip.interchange import starter
-from declip.interchange.architecture import architecture_of
 from declip.interchange.fitted import read_heads
 from declip.interchange.read import folder_or_name, read_start
 from declip.interchange.weights import Weights
@@ -33,6 +32,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.checks import load_for_training
 from declip.recipe.finetuning import FREEZE, StartKind, fits_closed_form, settings
 from declip.recipe.load import Verbatim, load_recipe
+from declip.recipe.resolve import Facts, resolve
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS
 from declip.runs.fitted import FittedRun, is_fitted
@@ -181,15 +181,14 @@ def _fit_heads(
     recipe = load_for_training(
         "finetune", start.keys(ANY_PAIRS, bool(val)), request.pairs, val, known=known
     )
-    if val:
-        recipe = held_out.assign(recipe)
     # --- the pairs, which no validation set may have
     source = open_training_source(recipe, {**sources, request.pairs: opened})
     validated = list(map(held_out.test, val))
     for trained in (source, pairs_of(start.name)):
         if trained is not None and validated:
             check_copies(trained, validated, not quiet)
-    recipe = architecture_of(start.weights, recipe)
+    sets = held_out.by_task(recipe.evaluation.val)
+    recipe = resolve(recipe, Facts(start.weights, sets=sets))
     return run_fit(FitTask(recipe, start.weights, source, held_out, not quiet), folder)
 
 
@@ -320,7 +319,7 @@ def training_recipe(
     if len(split.train) == 1:  # a batch has two pairs at least
         keys["data.source"], name = [name, name], None
     recipe = load_for_training("finetune", keys, name, split.val, known={*split.sources})
-    return split.held_out.assign(recipe) if split.val else recipe, split
+    return recipe, split
 
 
 def default_weights(device: str) -> str:

@@ -1,6 +1,4 @@
-"""Weights in a recipe: the architecture that they determine, and tensors for other sizes of images and texts."""
-
-from typing import Any
+"""Weights in a recipe: tensors for its sizes of images and texts."""
 
 import torch
 import torch.nn.functional as F
@@ -11,66 +9,6 @@ from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, TEXT
-from declip.recipe.load import flat
-from declip.recipe.schema import ImageTowerConfig, LogitScale, Recipe
-
-DROP_RATES = ("drop_rate", "drop_path_rate")  # ends of the names of timm's arguments
-
-
-def architecture_of(weights: Weights, recipe: Recipe) -> Recipe:
-    """Set the architecture, preprocessing, tokenizer and logit scale of a recipe to those of weights.
-
-    Settings of training and rates of dropout are kept, and so are an image size, other preprocessing of images and
-    a context length from the user.
-    Without a text tower, the recipe's text tower and embedding width are kept.
-    """
-    changed: dict[str, Any] = {"image": _image_section(weights, recipe)}
-    if weights.has_text:
-        changed |= _text_sections(weights, recipe)
-    fitted = recipe.model_copy(update=changed)
-    # Keys that the user gave and the weights decide otherwise; a resolved recipe contains the default scale
-    asked, becomes = flat(recipe.model_dump()), flat(fitted.model_dump())
-    usual = ("logit_scale.init", LogitScale().init)
-    overruled = [
-        f"{key}={asked[key]} (becomes {becomes.get(key)})"
-        for key in sorted(recipe.given & asked.keys())
-        if asked[key] != becomes.get(key) and (key, asked[key]) != usual
-    ]
-    if overruled:
-        raise UserError(
-            f"The weights of '{weights.origin}' determine keys; leave them out: {', '.join(overruled)}."
-        )
-    return fitted
-
-
-def _image_section(weights: Weights, recipe: Recipe) -> ImageTowerConfig:
-    """The image tower and its preprocessing, with what the user asked for."""
-    theirs, asked = weights.recipe.image, recipe.image
-    keep: dict[str, Any] = {"freeze_patch_embed": asked.freeze_patch_embed}
-    for name in ("size", "mean", "std", "interpolation", "crop_pct"):
-        if f"image.{name}" in recipe.given:
-            keep[name] = getattr(asked, name)
-    # Rates of dropout, such as patch_drop_rate, change no weights.
-    rates = {name: rate for name, rate in asked.model_kwargs.items() if name.endswith(DROP_RATES)}
-    keep["model_kwargs"] = theirs.model_kwargs | rates
-    return theirs.model_copy(update=keep)
-
-
-def _text_sections(weights: Weights, recipe: Recipe) -> dict[str, Any]:
-    """The text tower, the width of the shared space, and the logit scale and bias."""
-    text = weights.recipe.text
-    if "text.context_length" in recipe.given:
-        text = text.model_copy(update={"context_length": recipe.text.context_length})
-    init, limits = float(weights.tensors["logit_scale"]), recipe.logit_scale
-    scale = limits.model_copy(update={"init": init, "max": max(limits.max, init)})
-    changed: dict[str, Any] = {
-        "text": text,
-        "embed_dim": weights.recipe.embed_dim,
-        "logit_scale": scale,
-    }
-    if "logit_bias" in weights.tensors:
-        changed["logit_bias"] = float(weights.tensors["logit_bias"])
-    return changed
 
 
 def load_tensors(start: Weights, model: DualEncoder) -> set[str]:

@@ -23,8 +23,7 @@ def load_for_training(
 ) -> Recipe:
     """Load a recipe with its training pairs and held-out sets; weights and sources that are paths must exist.
 
-    Sources that are `known` are open already. Each set of `val` is listed for classification and for retrieval: what it
-    has is known when it is opened.
+    Sources that are `known` are open already.
     """
     if isinstance(recipe, Recipe):
         if overrides or data is not None or val:
@@ -36,8 +35,8 @@ def load_for_training(
     if data is not None:
         given["data.source"] = Verbatim(data)
     if val:
-        names = list(dict.fromkeys(map(str, val)))
-        given |= {"evaluation.zero_shot": names, "evaluation.retrieval": names}
+        given["evaluation.val"] = list(dict.fromkeys(map(str, val)))
+        given |= {"evaluation.zero_shot": (), "evaluation.retrieval": ()}
     loaded = load_recipe(recipe, given)
     if loaded.finetune.pretrained is not None and not resume:  # a checkpoint needs no weights
         check_model(str(loaded.finetune.pretrained))

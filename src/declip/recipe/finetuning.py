@@ -11,7 +11,9 @@ FREEZE = {"both": ("all", "all"), "image": ("all", 0), "text": (0, "all"), "none
 """--freeze → finetune.freeze_image_blocks and freeze_text_blocks."""
 
 ARGUMENTS = {"data.source": "PAIRS", "finetune.pretrained": "--from"}
-ARGUMENTS |= dict.fromkeys(("evaluation.retrieval", "evaluation.zero_shot"), "--val")
+ARGUMENTS |= dict.fromkeys(
+    ("evaluation.val", "evaluation.retrieval", "evaluation.zero_shot"), "--val"
+)
 """Recipe keys that arguments of `declip.finetune` set."""
 
 UNUSED = ("train", "loss_weights", "contrastive", "views")

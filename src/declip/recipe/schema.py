@@ -461,6 +461,9 @@ class Train(Section):
 class Evaluation(Section):
     """The evaluation sets during training and at its end."""
 
+    val: PathsOrNames = Field(
+        (), description="sets for zero-shot if they have classes, retrieval if captions (--val)"
+    )
     zero_shot: PathsOrNames = Field((), description="sets for zero-shot classification")
     retrieval: PathsOrNames = Field((), description="sets for retrieval in both directions")
     final_zero_shot: PathsOrNames = Field(
@@ -557,7 +560,8 @@ class Recipe(Section):
             raise ValueError(f"finetune.{wrong[0]} requires finetune.pretrained")
         if tune.lora is not None and train.strategy == "fsdp":
             raise ValueError("finetune.lora cannot be combined with train.strategy=fsdp")
-        measured = self.evaluation.retrieval or self.evaluation.zero_shot
+        sets = self.evaluation
+        measured = sets.val or sets.retrieval or sets.zero_shot
         if train.patience is not None and not (train.evaluate_every and measured):
             raise ValueError(
                 "train.patience requires train.evaluate_every and evaluation.retrieval or zero_shot"

@@ -81,14 +81,6 @@ def without_run_state(heads: Mapping[str, Any], terms: Terms = TERMS) -> dict[st
     return {n: t for n, t in heads.items() if isinstance(t, Tensor) and not n.startswith(left_out)}
 
 
-def for_sigmoid(loss_weights: Mapping[str, float]) -> dict[str, float]:
-    """Replace the contrastive loss by the sigmoid loss, for weights that were trained with a bias of the logits."""
-    return {
-        "sigmoid" if name == "contrastive" else name: weight
-        for name, weight in loss_weights.items()
-    }
-
-
 class Objective(nn.Module):
     """The weighted sum of a recipe's active losses, with the heads and the queue that they own.
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -14,23 +14,22 @@ from declip.data.pair import PairSource
 from declip.data.sources.checks import refuse_broken
 from declip.errors import UserError
 from declip.evaluation.held_out import HeldOutSets
-from declip.interchange.weights import Weights
 from declip.io.pool import cores
 from declip.models.device import computes_bf16
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import TextEncoder
 from declip.models.wrapped import WrappedModel
-from declip.recipe.schema import Recipe
+from declip.recipe.resolve import Facts, resolve
+from declip.recipe.schema import Recipe, Train
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import Checkpoint, folder_of, load_checkpoint
 from declip.runs.folder import RECIPE, log, read_recipe
 from declip.supervision.objective import NO_TERMS, Objective, Terms, needs_of
 from declip.training import distributed
-from declip.training.distributed import HostGroup
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import open_training_source, sample_hashes
 from declip.training.parallel import build_learner
-from declip.training.pretrained import apply_architecture, apply_pretrained, load_pretrained
+from declip.training.pretrained import apply_pretrained, load_pretrained
 from declip.training.state import NO_EXTENSIONS, Extensions, RunState, restore
 from declip.training.trackers import check_trackers
 
@@ -47,60 +46,19 @@ def held_out_sets(given: Any) -> list[Any]:
     return [given] if is_one else list(given)
 
 
-class Resolved(NamedTuple):
-    """A recipe without open values, with what is opened to resolve it."""
-
-    recipe: Recipe
-    weights: Weights | None  # pretrained
-    source: PairSource  # training pairs
-    held_out: HeldOutSets
-    device: torch.device
-    hosts: HostGroup
-
-
-def resolve(
-    recipe: Recipe,
-    folder: Path = Path(),
-    resume: bool = False,
-    extensions: Extensions = NO_EXTENSIONS,
-) -> Resolved:
-    """Resolve a recipe; a resumed run keeps its precision and reads its weights from its folder."""
-    device, hosts = distributed.meet(recipe.train.device)
+def set_up(device: torch.device, train: Train) -> None:
+    """Set torch's options for a GPU, which hold for the process."""
     if device.type == "cuda":
-        torch.set_float32_matmul_precision(recipe.train.matmul_precision)
+        torch.set_float32_matmul_precision(train.matmul_precision)
         # Views have one size, so cuDNN may try its convolutions once. Its choice is not always the same.
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-    recipe = hosts.on_rank_zero(partial(resolve_precision, recipe, device, folder, resume))
-    weights = load_pretrained(recipe, folder, resume, extensions.start)
-    if weights is not None:
-        recipe = apply_architecture(weights, recipe)
-    source = open_training_source(recipe, extensions.sources)
-    held_out = extensions.held_out or HeldOutSets(recipe, extensions.sources)
-    return Resolved(resolve_epochs(recipe, len(source)), weights, source, held_out, device, hosts)
 
 
-def resolve_precision(recipe: Recipe, device: torch.device, folder: Path, resume: bool) -> Recipe:
-    """Replace train.precision=auto by the device's; a resumed run continues with that of its recipe."""
-    precision = recipe.train.precision
-    if precision == "auto":
-        precision = "bf16" if computes_bf16(device) else "fp32"
-        if resume and (folder / RECIPE).is_file():
-            precision = read_recipe(folder).train.precision
-    if precision == "bf16" and not computes_bf16(device):
-        log.warning(
-            "%s does not support bfloat16 natively: steps are slow. Set train.precision=auto.",
-            device,
-        )
-    return recipe.with_keys({"train.precision": precision})
-
-
-def resolve_epochs(recipe: Recipe, pairs: int) -> Recipe:
-    """Replace train.epochs by the number of steps: epochs of complete batches."""
-    train = recipe.train
-    if train.epochs is None:
-        return recipe
-    steps = max(1, round(train.epochs * max(1, pairs // train.batch_size)))
-    return recipe.with_keys({"train.steps": steps, "train.epochs": None})
+def auto_precision(device: torch.device, folder: Path, resume: bool) -> str:
+    """What train.precision=auto means: that of a resumed run, else the fastest of the device."""
+    if resume and (folder / RECIPE).is_file():
+        return read_recipe(folder).train.precision
+    return "bf16" if computes_bf16(device) else "fp32"
 
 
 def assemble(
@@ -111,8 +69,29 @@ def assemble(
     extensions: Extensions = NO_EXTENSIONS,
 ) -> RunState:
     """Build the state of a recipe's run, or of the run in the folder, to continue it; see `declip.train`."""
-    # --- processes, device, pretrained weights and pairs; from here on the recipe does not change
-    recipe, weights, source, held_out, device, hosts = resolve(recipe, folder, resume, extensions)
+    device, hosts = distributed.meet(recipe.train.device)
+    set_up(device, recipe.train)
+    # --- pretrained weights, pairs and held-out sets
+    weights = load_pretrained(recipe, folder, resume, extensions.start)
+    source = open_training_source(recipe, extensions.sources)
+    held_out = extensions.held_out or HeldOutSets(recipe, extensions.sources)
+    # --- the recipe, which does not change from here on
+
+    def resolved() -> Recipe:
+        precision = auto_precision(device, folder, resume)
+        sets = held_out.by_task(recipe.evaluation.val)
+        return resolve(recipe, Facts(weights, precision, len(source), sets))
+
+    recipe = hosts.on_rank_zero(resolved)
+    if (
+        recipe.train.precision == "bf16"
+        and not computes_bf16(device)
+        and distributed.is_rank_zero()
+    ):
+        log.warning(
+            "%s does not support bfloat16 natively: steps are slow. Set train.precision=auto.",
+            device,
+        )
     hosts.on_rank_zero(partial(check_trackers, recipe.train.report_to))
     hosts.on_rank_zero(partial(refuse_broken, source, recipe.data.max_broken_fraction))
     # --- model and objective, random from the seed, then pretrained

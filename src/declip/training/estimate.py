@@ -15,8 +15,9 @@ from declip.data.sources.checks import refuse_broken
 from declip.evaluation.encode import encode_source
 from declip.io.text import duration, plural
 from declip.models.dual_encoder import DualEncoder
+from declip.recipe.resolve import Facts, resolve
 from declip.recipe.schema import Recipe
-from declip.training.assemble import assemble, resolve_epochs
+from declip.training.assemble import assemble
 from declip.training.pairs import open_training_source
 from declip.training.state import RunState
 from declip.training.step import training_step
@@ -27,7 +28,7 @@ TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of eac
 def estimate(recipe: Recipe) -> str:
     """Estimate the time and memory of the run of a recipe, in a sentence."""
     source = open_training_source(recipe)
-    recipe = resolve_epochs(recipe, len(source))
+    recipe = resolve(recipe, Facts(pairs=len(source)))
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
     refuse_broken(source, recipe.data.max_broken_fraction)
     # Of few pairs so many may be broken by chance that a run would stop.
@@ -36,7 +37,7 @@ def estimate(recipe: Recipe) -> str:
     with TemporaryDirectory() as folder:
         state = assemble(small, Path(folder) / "run", quiet=True)
         steps = train.steps * fmean(step_seconds(state, 1, TIMED))
-        sets = map(state.held_out.test, state.held_out.tasks(recipe, final=False))
+        sets = map(state.held_out.test, state.held_out.tasks(state.recipe, final=False))
         count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         evaluations = count * sum(encoding_seconds(state.model, pairs) for pairs in sets)
         memory = _peak(state.model.device) / 2**30

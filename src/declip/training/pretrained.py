@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from declip.errors import UserError
-from declip.interchange.architecture import architecture_of, load_tensors
+from declip.interchange.architecture import load_tensors
 from declip.interchange.declip_file import read_part, write_part
 from declip.interchange.read import is_published, read_start
 from declip.interchange.weights import Weights
@@ -27,7 +27,7 @@ from declip.models.layers import (
 from declip.recipe.schema import FineTuning, LoRA, Recipe
 from declip.runs.checkpoint import prefixed
 from declip.runs.folder import KEPT
-from declip.supervision.objective import Objective, for_sigmoid, without_run_state
+from declip.supervision.objective import Objective, without_run_state
 from declip.training.optimizer import LrMultiplier
 
 
@@ -47,18 +47,6 @@ def load_pretrained(
     return (
         start if names is None else replace(start, classes=start.named_classes(names), published="")
     )
-
-
-def apply_architecture(weights: Weights, recipe: Recipe) -> Recipe:
-    """As `architecture_of`; weights with a bias of the logits are trained with a sigmoid loss.
-
-    Losses from the user stay.
-    """
-    fitted = architecture_of(weights, recipe)
-    asked = any(key.startswith("loss_weights") for key in recipe.given)
-    if "logit_bias" in weights.tensors and not asked:
-        return fitted.with_keys({"loss_weights": for_sigmoid(fitted.loss_weights)})
-    return fitted
 
 
 @dataclass(frozen=True)
