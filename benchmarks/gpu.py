@@ -275,7 +275,9 @@ def draw_pairs(folder: Path, count: int = 128) -> Path:
 
 def train(recipe: str, keys: dict[str, Any], folder: Path, resume: bool = False) -> list[float]:
     """Train a run and return the loss of each step."""
-    run = Trainer(assemble(load_recipe(recipe, keys), folder, resume=resume, quiet=True)).train()
+    run = Trainer(
+        assemble(load_recipe(recipe, keys), folder, resume=resume), progress=False
+    ).train()
     return [row["loss"] for row in run.metrics]
 
 

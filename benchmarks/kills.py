@@ -86,7 +86,7 @@ def run(
     if kill is not None and rank == kill["rank"]:
         _arm(kill)
     try:
-        Trainer(assemble(recipe, Path(folder), resume=True, quiet=True)).train()
+        Trainer(assemble(recipe, Path(folder), resume=True), progress=False).train()
     except BaseException:
         os._exit(1)
     os._exit(0)

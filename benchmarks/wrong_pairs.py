@@ -65,7 +65,7 @@ def out_of_fold(paths: list[Path], captions: list[str], folder: Path) -> np.ndar
             (path.resolve(), caption) for path, caption in zip(paths, captions, strict=True)
         )
     run = declip.finetune(
-        folder / "pairs.csv", weights="builtin:lite2-minilm", out=folder / "run", quiet=True
+        folder / "pairs.csv", weights="builtin:lite2-minilm", out=folder / "run", progress=False
     )
     by_name = {Path(key).name: rank for (key, _), rank in run.caption_ranks.items()}
     ranks = np.array([by_name[path.name] for path in paths])

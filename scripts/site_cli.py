@@ -73,7 +73,8 @@ def _written(parameter: Any, choices: tuple[str, ...]) -> str:
     """A parameter as it is typed."""
     if parameter.param_type_name == "argument":
         return f"`{parameter.metavar or parameter.name}`"
-    names = ", ".join(sorted(parameter.opts, key=len, reverse=True))
+    options = parameter.opts if any(parameter.opts) else parameter.secondary_opts
+    names = ", ".join(sorted(options, key=len, reverse=True))
     if parameter.is_flag:
         return f"`{names}`"
     value = parameter.metavar or ",".join(choices) or "VALUE"
@@ -84,7 +85,7 @@ def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
     value = parameter.default
-    if value is None or value is False or value == ():
+    if value is None or isinstance(value, bool) or value == ():
         return ""
     if isinstance(value, list | tuple):
         value = ",".join(map(str, value))

@@ -244,7 +244,7 @@ def tiny_run(table, tmp_path_factory):
 
     def make(folder):
         recipe = Recipe.model_validate(tiny_tree(table, "declip", name="tiny"))
-        train(recipe, out=folder / "tiny", quiet=True, report=False)
+        train(recipe, out=folder / "tiny", progress=False, report=False)
 
     return once(tmp_path_factory, "run", make) / "tiny"
 

@@ -43,9 +43,9 @@ def train(
     overrides: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    quiet: bool = False,
-    report: bool = True,
     *,
+    progress: bool = True,
+    report: bool = True,
     data: str | Path | PairSource | Items | None = None,
     val: str | Path | PairSource | Items | Sequence[Any] = (),
     callbacks: Sequence[Sink] = (),
@@ -61,6 +61,7 @@ def train(
         overrides: Dotted keys and values, such as ``{"train.steps": 500}``.
         out: The run folder; by default ``runs/NAME``, the recipe's key ``name``.
         resume: Continue the run in that folder if there is one; the result is bit-exact, as if never interrupted.
+        progress: Show a bar and messages on standard error.
         report: Write report.html at the end.
         data: Training pairs; sets the key ``data.source``. Also a Python object, see `open_source`.
         val: Evaluation sets, as names or Python objects: zero-shot classification if they have classes, retrieval if
@@ -76,7 +77,8 @@ def train(
         The run. After Ctrl-C or SIGTERM, `finished` is False and a checkpoint has been saved.
 
     Examples:
-        >>> run = declip.train("runs/demo/recipe.yaml", {"train.steps": 2}, "runs/new", data="pairs.csv", quiet=True)
+        >>> options = {"data": "pairs.csv", "progress": False}
+        >>> run = declip.train("runs/demo/recipe.yaml", {"train.steps": 2}, "runs/new", **options)
         >>> run.finished, run.metrics[-1]["step"]
         (True, 2)
     """
@@ -89,8 +91,9 @@ def train(
     loaded = load_for_training(recipe, overrides, source, sets, resume, sources)
     folder = Path(out).expanduser() if out is not None else Path("runs") / loaded.name
     extensions = Extensions(callbacks, terms or {}, optimizer, augment, sources)
-    state = assemble(loaded, folder, resume, quiet, extensions)
-    run = Trainer(state).train(partial(write_report, held_out=state.held_out) if report else None)
+    state = assemble(loaded, folder, resume, extensions)
+    finish = partial(write_report, held_out=state.held_out) if report else None
+    run = Trainer(state, progress).train(finish)
     distributed.leave()
     return run
 
@@ -160,7 +163,7 @@ def compare(
     tune: str | None = None,
     tune_on: str | Path | None = None,
     terms: Mapping[str, type[Term]] | str | Path | None = None,
-    quiet: bool = False,
+    progress: bool = True,
 ) -> Outcome:
     """Compare recipes at several numbers of pairs, and write results.json and report.html.
 
@@ -194,7 +197,7 @@ def compare(
         budget=budget,
     ).with_terms(terms)
     if grid is not None:
-        study = tuned(study, grid, out, quiet)
-    outcome = runner.run(study, out, quiet)
+        study = tuned(study, grid, out, progress)
+    outcome = runner.run(study, out, progress)
     write_page(outcome, Path(out).expanduser())
     return outcome

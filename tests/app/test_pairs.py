@@ -207,7 +207,7 @@ def test_a_list_can_be_shortened_again_and_trained_on(client, state, tiny_run, t
     recipe = Recipe.model_validate(
         tiny_tree(written["rest"]) | {"train": TINY["train"] | {"steps": 2}}
     )
-    run = declip.train(recipe, out=tmp_path / "run", quiet=True, report=False)
+    run = declip.train(recipe, out=tmp_path / "run", progress=False, report=False)
     assert run.examples["source"]["pairs"] == 20
 
 

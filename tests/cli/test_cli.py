@@ -153,7 +153,7 @@ def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
     keys = {"train.steps": 4, "train.batch_size": 8, "data.workers": 0, "train.report_to": []}
     keys["data.image_root"] = "images"
     run = project / "runs" / "tuned"  # an absolute path, which the recipe of the run holds
-    first = declip.finetune("pairs.csv", "start", keys, run, quiet=True)
+    first = declip.finetune("pairs.csv", "start", keys, run, progress=False)
     embed = ["embed", "start/declip.safetensors", "images", "--out", "indices/images", "--quiet"]
     assert command(*embed).status == 0
     monkeypatch.chdir(tmp_path)
@@ -161,7 +161,7 @@ def test_a_project_works_after_it_was_moved(tmp_path, monkeypatch, command):
     monkeypatch.chdir(moved)
     split = moved / "runs" / "tuned" / "val.pairs"
     assert declip.evaluate("runs/tuned", split, "retrieval", batch_size=8).images > 0
-    again = declip.finetune("pairs.csv", "start", out="runs/tuned", resume=True, quiet=True)
+    again = declip.finetune("pairs.csv", "start", out="runs/tuned", resume=True, progress=False)
     assert (again.finished, again.step) == (True, first.step)
     assert command("search", "indices/images", "red", "--json", "hits.json").status == 0
     assert str(moved / "images") in Path("hits.json").read_text()

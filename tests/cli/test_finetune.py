@@ -56,7 +56,7 @@ def weights(pairs, tmp_path_factory):
     }  # which one format alone can hold
     tree = tiny_tree(pairs, text=text, train={**TINY["train"], "steps": 2})
     recipe = Recipe.model_validate(tree)
-    make = lambda folder: declip.train(recipe, out=folder / "start", quiet=True, report=False)  # noqa: E731
+    make = lambda folder: declip.train(recipe, out=folder / "start", progress=False, report=False)  # noqa: E731
     return once(tmp_path_factory, "weights", make) / "start"
 
 
@@ -129,13 +129,13 @@ def test_the_best_mixture_with_the_start_is_kept(pairs, weights, tmp_path, comma
 def test_python_uses_the_same_words_and_resumes(pairs, weights, tmp_path):
     keys = {"train.steps": 6, "train.batch_size": 4, "train.evaluate_every": 2, "train.patience": 9}
     keys |= {"data.max_pairs": np.int64(12), **PLAIN}
-    options = {"overrides": keys, "val": (), "freeze": "text", "quiet": True}
+    options = {"overrides": keys, "val": (), "freeze": "text", "progress": False}
     whole = declip.finetune(pairs, weights, out=tmp_path / "whole", **options)
     assert whole.finished
     assert whole.recipe.finetune.freeze_text_blocks == "all"
     part = tmp_path / "part"
     recipe, split = training_recipe(
-        Start(Request.of(pairs, weights, keys, freeze="text")), part, quiet=True
+        Start(Request.of(pairs, weights, keys, freeze="text")), part, progress=False
     )
     assert not part.exists()
     write_lists(split.lists)
@@ -159,7 +159,7 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(
     monkeypatch.setattr("declip.interchange.export.export", written := Mock())
     keys = {"finetune.lora": {"rank": 2}, "train.steps": 2, "train.batch_size": 8, **PLAIN}
     assert declip.finetune(
-        pairs, tmp_path / "vit.safetensors", keys, tmp_path / "run", quiet=True
+        pairs, tmp_path / "vit.safetensors", keys, tmp_path / "run", progress=False
     ).finished
     assert [call.args[1] for call in written.call_args_list] == [
         "safetensors",
@@ -171,7 +171,7 @@ def test_a_run_with_adapters_is_exported_in_every_format_that_holds_it(
 def test_a_list_of_pairs_is_split_into_lists_of_its_source(pairs, weights, tmp_path):
     write_pair_list(tmp_path / "some.pairs", PairList(str(pairs), Columns(), 40, [*range(4, 40)]))
     start = Start(Request.of(tmp_path / "some.pairs", weights))
-    write_lists(training_recipe(start, tmp_path / "run", quiet=True)[1].lists)
+    write_lists(training_recipe(start, tmp_path / "run", progress=False)[1].lists)
     train, val = (read_pair_list(tmp_path / "run" / name) for name in SPLIT)
     assert sorted([*train.indices, *val.indices]) == [*range(4, 40)]
     assert (train.source, len(open_source(tmp_path / "run" / SPLIT[1]))) == (
@@ -190,7 +190,7 @@ def test_a_running_run_keeps_its_folder(pairs, weights, tmp_path):
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"locked\n"
-        refuses("in use", declip.finetune, pairs, weights, out=tmp_path / "run", quiet=True)
+        refuses("in use", declip.finetune, pairs, weights, out=tmp_path / "run", progress=False)
         process.communicate(b"\n")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "train.pairs"]
 
@@ -198,7 +198,9 @@ def test_a_running_run_keeps_its_folder(pairs, weights, tmp_path):
 def test_a_refused_run_removes_only_its_own_files(pairs, weights, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".notes").touch()
-    refuses("--val", declip.finetune, pairs, weights, out=tmp_path / "run", val=[pairs], quiet=True)
+    refuses(
+        "--val", declip.finetune, pairs, weights, out=tmp_path / "run", val=[pairs], progress=False
+    )
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock") == [
         ".notes"
     ]
@@ -208,11 +210,11 @@ def test_pairs_of_the_start_are_not_validated_on(pairs, weights, tmp_path):
     rows = pairs.read_text().splitlines()[1:]
     table = write_table(pairs.with_name("fewer.csv"), rows[:30])
     keys = {**PLAIN, "train.steps": 1, "train.batch_size": 8}
-    first = declip.finetune(table, weights, keys, tmp_path / "first", quiet=True)
+    first = declip.finetune(table, weights, keys, tmp_path / "first", progress=False)
     # the same images with other captions, so that their hashes change
     renamed = write_table(pairs.with_name("renamed.csv"), [f"{row} again" for row in rows])
     start = Start(Request.of(renamed, first.folder))
-    write_lists(training_recipe(start, tmp_path / "second", quiet=True)[1].lists)
+    write_lists(training_recipe(start, tmp_path / "second", progress=False)[1].lists)
     trained = {rows[index] for index in read_pair_list(tmp_path / "first" / "train.pairs").indices}
     validated = {rows[index] for index in read_pair_list(tmp_path / "second" / "val.pairs").indices}
     assert len(validated) >= 2
@@ -264,13 +266,13 @@ def test_python_objects_are_split_and_validated_on(pairs, tmp_path):
     rows = [line.split(",") for line in pairs.read_text().splitlines()[1:]]
     items = [(str(pairs.parent / name), caption) for name, caption in rows]
     keys = {**PLAIN, "train.steps": 1, "train.batch_size": 8}
-    split = declip.finetune(items, weights, keys, tmp_path / "split", quiet=True)
+    split = declip.finetune(items, weights, keys, tmp_path / "split", progress=False)
     assert declip.finetune(
-        items, weights, keys, tmp_path / "split", resume=True, quiet=True
+        items, weights, keys, tmp_path / "split", resume=True, progress=False
     ).finished
     refuses(["python:list(40)", "data=object"], open_source, tmp_path / "split" / "train.pairs")
     assert (split.finished, split.last()[0].result.images > 0) == (True, True)  # type: ignore[union-attr]
     held_out = declip.finetune(
-        items[:30], weights, keys, tmp_path / "val", quiet=True, val=items[30:]
+        items[:30], weights, keys, tmp_path / "val", progress=False, val=items[30:]
     )
     assert [row.result.images for row in held_out.last()] == [10]  # type: ignore[union-attr]

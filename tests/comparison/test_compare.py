@@ -37,7 +37,7 @@ def recipes(table, tmp_path):
 def tiny(recipes, table, out, **more):
     """Compare them by retrieval: two sizes, one seed, in this process."""
     options = {"pairs": (8, 16), "seeds": 1, "datasets": [str(table)], "tasks": ["retrieval"]}
-    options |= {"quiet": True, **more}
+    options |= {"progress": False, **more}
     return compare(list(recipes.values()), out=out, **options)
 
 
@@ -53,7 +53,7 @@ def test_every_run_is_what_declip_train_gives(recipes, table, tmp_path):
     rows = {(row["variant"], row["pairs"], row["steps"]): row for row in outcome.rows.values()}
     assert sorted(rows) == [("clip", 16, 8), ("declip", 16, 8)]
     overrides = {"data.max_pairs": 16, "evaluation.retrieval": [str(table)]}
-    alone = train(recipes["clip"], overrides, out=tmp_path / "alone", quiet=True)
+    alone = train(recipes["clip"], overrides, out=tmp_path / "alone", progress=False)
     row = rows["clip", 16, 8]
     assert (row["loss"], row["samples"]) == (alone.metrics[-1]["loss"], 8 * 8)
     (measure,) = outcome.facts

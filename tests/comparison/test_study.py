@@ -210,7 +210,7 @@ def test_tuning_takes_the_most_pairs_and_one_seed_and_warns_at_either_edge(monke
     best = {"clip": "0.001", "declip": "0.002", "slip": "0.004"}
     asked = []
 
-    def run(plan, out, quiet):
+    def run(plan, out, progress):
         asked.append((plan, out))
         right = {f"{name}-{value}" for name, value in best.items()}
         return outcome(plan, value=lambda trial: 0.2 + 0.3 * (trial.variant in right))

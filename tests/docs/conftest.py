@@ -168,7 +168,7 @@ def write_world(folder, emoji_cache):
             "demo": declip.load_recipe("demo-few-declip"),
             "vit": declip.load_recipe("demo-few-clip", {"image.model": "declip_vit_tiny"}),
         }.items():
-            declip.train(small(recipe), out=runs / name, quiet=True, report=False)
+            declip.train(small(recipe), out=runs / name, progress=False, report=False)
         declip.embed(runs / "demo", folder / "pictures", out=folder / "indices" / "pictures")
         declip.export(runs / "vit", "huggingface", folder / "downloads" / "clip-vit-base-patch32")
     state = {f"module.{name}": value for name, value in read_state("defilip_vit_tiny").items()}
@@ -212,12 +212,12 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
     )
     whole = runner.run
 
-    def few(study, out, quiet=False):
+    def few(study, out, progress=True):
         """Compare the first and the last recipe at a small number of pairs with one seed, in this process."""
         ends = tuple({each.name: each for each in (study.variants[0], study.variants[-1])}.values())
         if str(out).endswith("-tuning"):
             ends = study.variants  # each value of each recipe is asked for
-        return whole(replace(study, variants=ends, pairs=(16,), seeds=(0,)), out, quiet)
+        return whole(replace(study, variants=ends, pairs=(16,), seeds=(0,)), out, progress)
 
     monkeypatch.setattr(runner, "run", few)
     monkeypatch.setattr(runner, "step_seconds", lambda parts, warm, count: [0.1] * count)

@@ -213,10 +213,7 @@ def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continue
     stopped = int(checkpoint.name.removeprefix("step-"))
     assert 0 < stopped < 30000
     overrides = {"train.steps": 30000, "train.checkpoint_every": 10000, "data.workers": 1}
-    assert (
-        assemble(load_recipe(recipe, overrides), run, resume=True, quiet=True).progress.step
-        == stopped
-    )
+    assert assemble(load_recipe(recipe, overrides), run, resume=True).progress.step == stopped
 
 
 def test_srun_gets_the_processors_of_the_job(tmp_path):

@@ -127,7 +127,7 @@ def test_a_run_of_this_loss_alone_is_evaluated_by_tokens(tmp_path, caplog):
     tree = tiny_tree(tmp_path / "painted", train=keys, late_interaction={"width": 8, "top_k": 16})
     recipe = Recipe.model_validate({**tree, **ALONE, "evaluation": {"zero_shot": [painted]}})
     stop_at(recipe, folder, 20)
-    run = declip.train(recipe, out=folder, resume=True, quiet=True)
+    run = declip.train(recipe, out=folder, resume=True, progress=False)
     last, page = run.results[-1], run.report.read_text(encoding="utf-8")
     assert "by patches and words" in page
     assert 'id="retrieval"' not in page, "embeddings are not trained"

@@ -50,7 +50,9 @@ def test_an_example_trains_for_three_steps(name, table, tmp_path):
 def test_an_example_changes_only_what_it_says(name, keys, table, tmp_path, capsys):
     weights = {}
     given = {**SMALL, "train.lr": 0.001}
-    declip.train("demo-clip", given, tmp_path / "plain", data=str(table), quiet=True, report=False)
+    declip.train(
+        "demo-clip", given, tmp_path / "plain", data=str(table), progress=False, report=False
+    )
     EXAMPLES[name]["main"](str(table), str(tmp_path / "changed"), **keys, **given)
     for out in ("plain", "changed"):
         weights[out] = load_checkpoint(list_checkpoints(tmp_path / out)[-1]).weights
@@ -84,7 +86,7 @@ def test_a_momentum_teacher_follows_resumes_and_is_exported(table, tmp_path, cap
         shutil.rmtree(path)
     overrides = {"loss_weights": {"contrastive": 0.5, "momentum_teacher": 0.5}, **given}
     terms = {"momentum_teacher": example["MomentumTeacher"]}
-    options = {"data": str(table), "terms": terms, "quiet": True, "report": False}
+    options = {"data": str(table), "terms": terms, "progress": False, "report": False}
     declip.train("demo-clip", overrides, tmp_path / "run", resume=True, **options)
     again = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])
     assert again.step == 3
@@ -189,7 +191,7 @@ def test_the_nearest_other_caption_equals_a_plain_loop(monkeypatch):
 
 def test_neighbors_are_those_of_the_encoder(table, tmp_path):
     encoder = declip.train(
-        "demo-clip", SMALL, tmp_path / "encoder", data=str(table), quiet=True, report=False
+        "demo-clip", SMALL, tmp_path / "encoder", data=str(table), progress=False, report=False
     ).folder
     example = EXAMPLES["caption_neighbor"]
     source, model = open_source(table), declip.load(encoder)

@@ -74,7 +74,7 @@ def start_of(folder, towers=None):
 def fitted(folder, out, table="pairs.csv", resume=False, **keys):
     """Fine-tune as the command does."""
     return declip.finetune(
-        folder / table, start_of(folder), keys_of(**keys), out, resume, quiet=True
+        folder / table, start_of(folder), keys_of(**keys), out, resume, progress=False
     )
 
 
@@ -173,7 +173,11 @@ def test_a_base_that_is_gone_or_another_one_is_named(folder, tmp_path):
     base = tmp_path / "vit.safetensors"
     shutil.copy(folder / "vit.safetensors", base)
     run = declip.finetune(
-        folder / "pairs.csv", start_of(folder, tmp_path), keys_of(), tmp_path / "run", quiet=True
+        folder / "pairs.csv",
+        start_of(folder, tmp_path),
+        keys_of(),
+        tmp_path / "run",
+        progress=False,
     )
     base.rename(tmp_path / "away.safetensors")
     refuses(
@@ -231,7 +235,7 @@ def test_each_image_is_read_once(folder, tmp_path):
             return super().read_lazy(index)
 
     pairs = Counted(open_source(folder / "pairs.csv"), np.arange(COUNT))
-    run = declip.finetune(pairs, start_of(folder), keys_of(), tmp_path / "run", quiet=True)
+    run = declip.finetune(pairs, start_of(folder), keys_of(), tmp_path / "run", progress=False)
     shown = {row["key"] for row in run.facts["worst"]}
     assert reads.total() == COUNT + len(shown)
 
@@ -314,7 +318,7 @@ def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
         timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "vit.safetensors"
     )
     (tmp_path / "names.txt").write_text("\n".join(COLORS))
-    options, keys = {"quiet": True}, keys_of()
+    options, keys = {"progress": False}, keys_of()
     names = {"finetune.class_names": str(tmp_path / "names.txt")}
     start = start_of(folder, tmp_path)
     known = declip.finetune(
@@ -428,7 +432,7 @@ def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(
         tmp_path / "a",
         freeze="both",
         keep=kept,
-        quiet=True,
+        progress=False,
     )
     scores = {float(alpha): found for alpha, found in mixed.mixture["scores"].items()}
     assert (
@@ -532,7 +536,7 @@ def test_a_start_that_stays_is_said_in_plain_words():
 def test_a_set_to_keep_without_images_is_refused_before_the_fit(folder, tmp_path):
     (tmp_path / "kept.csv").write_text("image,caption\nmissing.png,a circle\n")
     given = folder / "pairs.csv", start_of(folder), keys_of(), tmp_path / "run"
-    options = {"keep": tmp_path / "kept.csv", "quiet": True}
+    options = {"keep": tmp_path / "kept.csv", "progress": False}
     refuses(("kept.csv", "missing.png"), declip.finetune, *given, **options)
     assert not (tmp_path / "run").exists()
 

@@ -192,7 +192,7 @@ def test_positions_are_stretched_or_cut(family, open_family, table, tmp_path):
     weights, length = open_family(family)[0], LENGTHS[family]
     recipe = tuned(table, weights.origin, **{"text.context_length": length})
     old = weights.recipe.text.context_length
-    model = assemble(recipe, tmp_path / "run", quiet=True).model.eval()
+    model = assemble(recipe, tmp_path / "run").model.eval()
     own, tokens = model.state_dict(), model.tokenize(CAPTIONS)
     other = [n for n, t in weights.tensors.items() if n != ENTRY and not torch.equal(own[n], t)]
     assert len(other) == (0 if family == "biomedclip" else 1)
@@ -226,7 +226,7 @@ def test_positions_of_an_encoder_have_an_end(open_family, table, tmp_path):
             train,
             recipe,
             out=tmp_path / family,
-            quiet=True,
+            progress=False,
             report=False,
         )
         assert not (tmp_path / family).exists()

@@ -310,7 +310,7 @@ def test_home_is_expanded_wherever_a_folder_is_given(table, tmp_path, monkeypatc
     file = official_file(tmp_path, read_state("defilip_vit_tiny"))
     assert declip.export(file, "safetensors", "~/imported").folder == tmp_path / "imported"
     tuned = recipe_for(table, "clip", {"finetune": {"pretrained": "~/imported"}}, steps=1)
-    declip.train(tuned, out="~/run", quiet=True, report=False)
+    declip.train(tuned, out="~/run", progress=False, report=False)
     assert declip.export("~/run", "safetensors", "~/exported").folder == tmp_path / "exported"
 
 

@@ -177,7 +177,13 @@ def test_a_run_from_published_weights_keeps_no_copy_of_them(table, tmp_path, mon
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {})
     shutil.rmtree(list_checkpoints(tmp_path / "parts")[-1])
     refuses(
-        "first_tag", train, recipe, out=tmp_path / "parts", resume=True, quiet=True, report=False
+        "first_tag",
+        train,
+        recipe,
+        out=tmp_path / "parts",
+        resume=True,
+        progress=False,
+        report=False,
     )  # gone
 
 

@@ -40,7 +40,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def run(table, tmp_path_factory):
     recipe = Recipe.model_validate(tiny_tree(table))
-    return declip.train(recipe, out=tmp_path_factory.mktemp("run"), quiet=True, report=False)
+    return declip.train(recipe, out=tmp_path_factory.mktemp("run"), progress=False, report=False)
 
 
 @pytest.mark.parametrize("name", IMAGES)

@@ -42,7 +42,7 @@ def test_a_run_is_loaded_exported_and_resumed(saved, tmp_path):
         out=run,
         data=PAIRS,
         resume=True,
-        quiet=True,
+        progress=False,
         report=False,
     )
     assert resumed.steps_done == 5

@@ -38,7 +38,7 @@ def start_from(table, out, image=VIT, name="declip"):
     tree = tiny_tree(
         table, name, name=name, embed_dim=24, train={**TINY["train"], "steps": 2}, **sections
     )
-    train(Recipe.model_validate(tree), out=out, quiet=True, report=False)
+    train(Recipe.model_validate(tree), out=out, progress=False, report=False)
     return out
 
 
@@ -76,7 +76,7 @@ class StopBefore(Sink):
 
 
 def trainer_of(recipe, folder, resume=False, **options):
-    return Trainer(assemble(recipe, folder, resume, True, Extensions(**options)))
+    return Trainer(assemble(recipe, folder, resume, Extensions(**options)), progress=False)
 
 
 def stop_at(recipe, folder, step):
@@ -104,10 +104,10 @@ def same_end(one, other):
 
 def resumes_exactly(recipe, folder, step, meanwhile=lambda: None):
     """Compare a run in `whole` with one in `parts` that was stopped and resumed; give the last checkpoint."""
-    train(recipe, out=folder / "whole", quiet=True, report=False)
+    train(recipe, out=folder / "whole", progress=False, report=False)
     stop_at(recipe, folder / "parts", step)
     meanwhile()
-    assert train(recipe, out=folder / "parts", resume=True, quiet=True, report=False).finished
+    assert train(recipe, out=folder / "parts", resume=True, progress=False, report=False).finished
     same_end(folder / "whole", folder / "parts")
     return load_checkpoint(folder / "whole" / "checkpoints" / "last")
 

@@ -40,7 +40,7 @@ STALE = {"lr": 0.3, "warmup_lr": 1e-3, "warmup_steps": 12, "patience": 3}
 
 def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_path):
     recipe, whole = recipe_for(table, **STALE), tmp_path / "whole"
-    run = train(recipe, out=whole, quiet=True, report=False)
+    run = train(recipe, out=whole, progress=False, report=False)
     assert run.finished
     best = best_step(run.evaluations)
     rows = {row["step"]: row for row in run.evaluations if "best_step" not in row}
@@ -75,7 +75,7 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_pat
     parts = tmp_path / "parts"
     stop_at(recipe, parts, 11)  # in the middle of what is stale
     for folder in (parts, whole):  # of the whole one nothing is trained or measured again
-        assert train(recipe, out=folder, resume=True, quiet=True, report=False).finished
+        assert train(recipe, out=folder, resume=True, progress=False, report=False).finished
         assert read_rows(folder / "evaluations.jsonl") == run.evaluations
     same_end(whole, parts)
     assert (parts / "checkpoints/best").resolve().name == f"step-{best:08d}"
@@ -84,9 +84,12 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_pat
 def test_the_best_checkpoint_is_kept_and_nothing_changes_without_patience(table, tmp_path):
     keys = {"checkpoint_every": 1, "keep_checkpoints": 1, "steps": 10, "lr": 0.3, "warmup_lr": 0.3}
     train(
-        recipe_for(table, patience=100, **keys), out=tmp_path / "watched", quiet=True, report=False
+        recipe_for(table, patience=100, **keys),
+        out=tmp_path / "watched",
+        progress=False,
+        report=False,
     )
-    train(recipe_for(table, **keys), out=tmp_path / "plain", quiet=True, report=False)
+    train(recipe_for(table, **keys), out=tmp_path / "plain", progress=False, report=False)
     best = (tmp_path / "watched/checkpoints/best").resolve()
     kept = [step_of(path) for path in list_checkpoints(tmp_path / "watched")]
     assert kept == sorted({step_of(best), 10})
@@ -128,7 +131,7 @@ def test_recall_decides_and_then_the_loss():
 
 
 def test_epochs_and_something_to_watch(table, tmp_path):
-    train = assemble(recipe_for(table, epochs=2.5), tmp_path / "run", quiet=True).recipe.train
+    train = assemble(recipe_for(table, epochs=2.5), tmp_path / "run").recipe.train
     assert (train.steps, train.epochs) == (8, None)  # 2.5 × 3 batches of 8 of 24 pairs
     (tmp_path / "base.yaml").write_text("train: {epochs: 3}")
     (tmp_path / "child.yaml").write_text("extends: base.yaml\ntrain: {steps: 7}")

@@ -66,7 +66,7 @@ def test_heads_have_the_precision_of_the_recipe_and_losses_are_float32(
     recipe = recipe_of(table)
     train = recipe.train.model_copy(update={"precision": precision, "steps": 1})
     recipe = recipe.model_copy(update={"train": train})
-    declip.train(recipe, out=tmp_path / "run", quiet=True, report=False, terms={"mine": Typed})
+    declip.train(recipe, out=tmp_path / "run", progress=False, report=False, terms={"mine": Typed})
     assert Typed.dtypes == {("head", head), ("loss", torch.float32)}
 
 
@@ -91,12 +91,12 @@ def recipe_of(table):
 def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
     recipe, terms, sink = recipe_of(table), {"mine": Mine}, Mock(Sink)
     sink.log.side_effect = stop_after_five
-    whole = declip.train(recipe, out=tmp_path / "whole", quiet=True, report=False, terms=terms)
-    run = declip.train(recipe, out=tmp_path / "run", quiet=True, terms=terms, callbacks=[sink])
+    whole = declip.train(recipe, out=tmp_path / "whole", progress=False, report=False, terms=terms)
+    run = declip.train(recipe, out=tmp_path / "run", progress=False, terms=terms, callbacks=[sink])
     assert (run.finished, run.step, sink.close.call_count) == (False, 5, 1)
     # It is needed again
     refuses(r"loss_weights\.mine", declip.train, recipe, out=tmp_path / "run", resume=True)
-    more = {"resume": True, "quiet": True, "report": False}
+    more = {"resume": True, "progress": False, "report": False}
     run = declip.train(recipe, out=tmp_path / "run", **more, terms=terms, callbacks=[sink])
     same_end(whole.folder, run.folder)
     training = load_checkpoint(list_checkpoints(run.folder)[-1]).training
@@ -135,7 +135,7 @@ def test_a_training_within_another_has_its_own_source_and_terms(table, rows, tmp
             "data": data,
             "val": [data],
             "terms": {"mine": term},
-            "quiet": True,
+            "progress": False,
             "report": False,
         }
         return declip.train(tmp_path / "mine.yaml", out=tmp_path / name, **given, **options)
@@ -163,9 +163,14 @@ def test_a_training_within_another_has_its_own_source_and_terms(table, rows, tmp
     ],
 )
 def test_wrong_terms_and_callbacks_are_refused(terms, said, table, tmp_path):
-    refuses(said, declip.train, recipe_of(table), out=tmp_path / "run", quiet=True, terms=terms)
+    refuses(said, declip.train, recipe_of(table), out=tmp_path / "run", progress=False, terms=terms)
     said = r"callbacks has .*print.*declip\.Sink"
     refuses(
-        said, declip.train, recipe_of(table), out=tmp_path / "run", quiet=True, callbacks=[print]
+        said,
+        declip.train,
+        recipe_of(table),
+        out=tmp_path / "run",
+        progress=False,
+        callbacks=[print],
     )
     assert not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ def test_a_compiled_run_learns_what_a_plain_one_does(table, tmp_path, image, key
     torch._dynamo.reset()
     for name in ("plain", "compiled"):
         recipe = recipe_for(table, "clip", {"image": image}, steps=2, **keys)
-        trainer = Trainer(assemble(recipe, tmp_path / name, quiet=True))
+        trainer = Trainer(assemble(recipe, tmp_path / name), progress=False)
         if name == "compiled":
             assert compile_blocks(trainer.state.model, counter) > 2
         run = trainer.train()

@@ -97,7 +97,7 @@ def end_of(folder):
 def one(recipe, tmp_path_factory):
     """The run of one process."""
     return train(
-        of(recipe), out=tmp_path_factory.mktemp("one") / "run", quiet=True, report=False
+        of(recipe), out=tmp_path_factory.mktemp("one") / "run", progress=False, report=False
     ).folder
 
 
@@ -117,7 +117,7 @@ def test_two_processes_make_one_run(recipe, one, tmp_path):
 )
 def test_two_processes_tune_as_one(table, tmp_path, start, keys, parallel):
     recipe = tuned(table, start, {"strategy": parallel, "steps": 2, "log_every": 1}, **keys)
-    train(recipe, out=tmp_path / "one", quiet=True, report=False)
+    train(recipe, out=tmp_path / "one", progress=False, report=False)
     assert in_processes(trained, 2, tmp_path / "ranks", recipe, tmp_path / "two") == [(2, True)] * 2
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     given, first, second = (

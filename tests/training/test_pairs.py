@@ -31,7 +31,7 @@ def pairs(tmp_path_factory):
 def start(pairs, tmp_path_factory):
     tree = tiny_tree(pairs, train={**TINY["train"], "steps": 1})
     out = tmp_path_factory.mktemp("weights") / "start"
-    return declip.train(Recipe.model_validate(tree), out=out, quiet=True, report=False).folder
+    return declip.train(Recipe.model_validate(tree), out=out, progress=False, report=False).folder
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,14 @@ def test_a_recipe_in_the_working_folder_is_not_that_of_the_model(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**tree, **own}))
     monkeypatch.chdir(tmp_path)
     evaluated("model/declip.safetensors", pairs)
-    declip.finetune(pairs, "model/declip.safetensors", PLAIN, tmp_path / "tuned", quiet=True)
+    declip.finetune(pairs, "model/declip.safetensors", PLAIN, tmp_path / "tuned", progress=False)
     assert WARNING not in caplog.text
     assert "trained on these pairs" not in caplog.text
     assert "cannot be compared" not in caplog.text
 
 
 def test_a_tuned_run_warns_on_its_own_table_also_when_it_was_moved(pairs, start, tmp_path, caplog):
-    run = declip.finetune(pairs, start, PLAIN, tmp_path / "run", quiet=True)
+    run = declip.finetune(pairs, start, PLAIN, tmp_path / "run", progress=False)
     assert (run.folder / "train.pairs").is_file()
     places = [
         run.folder,
@@ -83,7 +83,7 @@ def test_a_tuned_run_warns_on_its_own_table_also_when_it_was_moved(pairs, start,
 
 def test_a_set_with_held_out_pairs_gives_no_warning(pairs, start, tmp_path, caplog):
     split = pairs.with_name("split.csv")
-    run = declip.finetune(split, start, PLAIN, tmp_path / "run", quiet=True)
+    run = declip.finetune(split, start, PLAIN, tmp_path / "run", progress=False)
     assert evaluated(run.folder, split).images == 10
     assert WARNING not in caplog.text
 
@@ -115,5 +115,5 @@ def test_the_addresses_of_another_run_are_not_opened(pairs, start, tmp_path, ser
     tree = yaml.safe_load((theirs / "recipe.yaml").read_text())
     tree["data"]["source"] = f"http://127.0.0.1:{server.server_port}/leak.tar"
     (theirs / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    declip.finetune(pairs, theirs, PLAIN, tmp_path / "run", quiet=True)
+    declip.finetune(pairs, theirs, PLAIN, tmp_path / "run", progress=False)
     assert server.requests == []

@@ -63,7 +63,7 @@ def test_a_resumed_run_equals_one_never_interrupted(table, start, tmp_path, name
     if removed:
         assert (tmp_path / "parts" / KEPT).is_file() == (removed.name == "source")
         declip.load(tmp_path / "parts", device="cpu")
-        refuses(str(removed), assemble, recipe, tmp_path / "new", quiet=True)
+        refuses(str(removed), assemble, recipe, tmp_path / "new")
 
 
 def test_counts_of_broken_pairs_survive_a_stop(table, rows, tmp_path):
@@ -74,7 +74,7 @@ def test_counts_of_broken_pairs_survive_a_stop(table, rows, tmp_path):
         table, "clip", {"data": data}, steps=70, batch_size=5, checkpoint_every=1000
     )
     stop_at(recipe, tmp_path / "run", 50)
-    run = declip.train(recipe, out=tmp_path / "run", resume=True, quiet=True, report=False)
+    run = declip.train(recipe, out=tmp_path / "run", resume=True, progress=False, report=False)
     assert run.finished
     skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
     assert skipped["seen"] == 350

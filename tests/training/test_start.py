@@ -61,7 +61,7 @@ def test_a_key_that_the_weights_overrule_is_refused(keys, said, start, table, tm
         asked = load_recipe(recipe, {"finetune.pretrained": str(start), **keys})
         refuses(said, resolve, asked, Facts(read_start(str(start))))
     given = {"finetune.pretrained": str(start), "data.source": str(table), **keys}
-    refuses(said, train, "finetune", given, out=tmp_path / "run", quiet=True, report=False)
+    refuses(said, train, "finetune", given, out=tmp_path / "run", progress=False, report=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -80,7 +80,7 @@ def test_keys_that_hold_beside_weights(start, table, tmp_path):
     given = keys | {"image.mean": [0.1, 0.2, 0.3], "image.size": 48, "train.batch_size": 8}
     given |= {"image.interpolation": "bilinear", "image.crop_pct": 0.75}
     given |= {"image.model_kwargs": {"patch_drop_rate": 0.5}}
-    recipe = assemble(load_recipe("few-clip", given), tmp_path / "run", quiet=True).recipe
+    recipe = assemble(load_recipe("few-clip", given), tmp_path / "run").recipe
     assert (recipe.image.mean, recipe.image.std, recipe.image.size) == (
         (0.1, 0.2, 0.3),
         STATISTICS["std"],
@@ -214,7 +214,9 @@ def test_the_start_is_measured_once(table, tmp_path, start):
 
 def test_mixtures_are_the_line_between_start_and_end(table, tmp_path, conv_start):
     """Of running statistics too."""
-    train(tuned(table, conv_start, {"steps": 1}), out=tmp_path / "run", quiet=True, report=False)
+    train(
+        tuned(table, conv_start, {"steps": 1}), out=tmp_path / "run", progress=False, report=False
+    )
     first, final = ends_of(tmp_path / "run", "cpu")
     given, learned = first.state_dict(), final.state_dict()
     assert not moved(given, last(conv_start))
@@ -234,7 +236,7 @@ def test_the_card_says_what_was_fine_tuned_and_from_what(table, tmp_path, start)
     recipe = recipe.model_copy(
         update={"evaluation": recipe.evaluation.model_copy(update=evaluation)}
     )
-    train(recipe, out=tmp_path / "run", quiet=True, report=False)
+    train(recipe, out=tmp_path / "run", progress=False, report=False)
 
     def card(**keys):
         declip.export(tmp_path / "run", "safetensors", tmp_path / "out", overwrite=True, **keys)
@@ -279,7 +281,7 @@ def test_what_cannot_be_is_said_before_a_folder_is_made(table, tmp_path, start, 
         train(
             tuned(table, **{"weights": start, **keys}),
             out=tmp_path / "run",
-            quiet=True,
+            progress=False,
             report=False,
         )
     assert not (tmp_path / "run").exists()
@@ -306,7 +308,7 @@ def test_wrong_files_are_no_start(table, tmp_path):
             train,
             tuned(table, where, **keys),
             out=tmp_path / "run",
-            quiet=True,
+            progress=False,
             report=False,
         )
         assert not (tmp_path / "run").exists()
@@ -317,7 +319,7 @@ def test_a_run_on_one_pair_is_resumed(conv_start, rows, tmp_path):
     keys = {"train.steps": 2, "train.report_to": [], "data.workers": 0}
     for resume in (False, True):
         run = declip.finetune(
-            one, conv_start, keys, tmp_path / "run", resume, quiet=True, freeze="none"
+            one, conv_start, keys, tmp_path / "run", resume, progress=False, freeze="none"
         )
         assert (run.finished, run.recipe.data.source) == (True, (str(one), str(one)))
 

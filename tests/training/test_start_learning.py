@@ -216,12 +216,12 @@ def encoder_recipe(table, folder, weights="declip", **train_keys):
 def test_it_learns_and_loads_without_its_folder(table, tmp_path):
     folder = roberta(tmp_path / "roberta")
     recipe = encoder_recipe(table, folder, steps=2)
-    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
+    train(recipe, out=tmp_path / "whole", progress=False, report=False)
     shutil.rmtree(folder)
     whole = read_run(tmp_path / "whole")
     assert set(whole.metrics[0]["losses"]) == set(WEIGHTS["declip"])
     assert whole.results[0]["task"] == "retrieval"
-    refuses("not a folder", train, recipe, out=tmp_path / "new", quiet=True, report=False)
+    refuses("not a folder", train, recipe, out=tmp_path / "new", progress=False, report=False)
 
     second = trainer_of(tuned(table, tmp_path / "whole", {"steps": 1}), tmp_path / "second")
     assert not moved(last(tmp_path / "whole"), state(second)), "it is a start too"

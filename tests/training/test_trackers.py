@@ -22,7 +22,9 @@ def written(folder, report_to, starts=(0, 2)):
     """Steps of loss 10, 20, 30, 40 in two parts: a run that ended after its third step is resumed after its second."""
     (folder / "recipe.yaml").write_text("train: {lr: 0.5}\nloss_weights: {contrastive: 1.0}\n")
     for start in starts:
-        with monitored(RunInfo(folder, start, 4, 8, quiet=True), trackers_of(report_to)) as monitor:
+        with monitored(
+            RunInfo(folder, start, 4, 8, progress=False), trackers_of(report_to)
+        ) as monitor:
             for step in range(start + 1, min(start + 3, 4) + 1):
                 monitor.log(
                     step, {"loss": 10.0 * step, "contrastive": 1.0, "grad_norm": 2.0}, 0.1, 14.0
@@ -100,7 +102,7 @@ def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(tmp_path, m
     assert [step for step, loss in rows if loss] == [1, 2, 3, 3, 4]
     with (
         pytest.raises(KeyError),
-        monitored(RunInfo(tmp_path, 4, 5, 8, quiet=True), trackers_of(["wandb"])),
+        monitored(RunInfo(tmp_path, 4, 5, 8, progress=False), trackers_of(["wandb"])),
     ):
         raise KeyError
     assert module.ended == [0, 0, 1]
@@ -111,7 +113,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(table, tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(log))
     monkeypatch.setattr(TRACKERS["tensorboard"], "flush", flush)
     recipe = recipe_for(table, "clip", report_to=["wandb", "tensorboard"])
-    run = train(recipe, out=tmp_path / "run", quiet=True, report=False)
+    run = train(recipe, out=tmp_path / "run", progress=False, report=False)
     assert (run.finished, log.call_count, "no route" in caplog.text) == (True, 1, True)
     assert flush.called
     assert [row["step"] for row in read_rows(run.folder / METRICS)] == [2, 4, 6, 8]
@@ -135,7 +137,9 @@ def test_a_tracker_that_is_missing_or_cannot_start_is_refused(
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb())
     monkeypatch.delattr(sys.modules["wandb"], "init")
     recipe = recipe_for(table, "clip", report_to="wandb")
-    refuses("report_to=wandb cannot start.*init", train, recipe, out=tmp_path / "run", quiet=True)
+    refuses(
+        "report_to=wandb cannot start.*init", train, recipe, out=tmp_path / "run", progress=False
+    )
     with pytest.raises(ValueError, match=r"(?s)report_to.*'wandb'"):
         recipe_for(table, "clip", report_to=["wand"])
 

@@ -35,7 +35,7 @@ from training.starts import recipe_for, same_end, stop_at, trainer_of
 @pytest.mark.parametrize("name", ["slip", "defilip"])  # together they have the losses of all
 def test_training_lowers_the_weighted_sum_of_its_losses(table, tmp_path, name):
     recipe = recipe_for(table, name, steps=24, lr=3e-3, log_every=1, checkpoint_every=60)
-    run = train(recipe, out=tmp_path, quiet=True, report=False)
+    run = train(recipe, out=tmp_path, progress=False, report=False)
     totals = [row["loss"] for row in run.metrics]
     assert sum(totals[-8:]) < sum(totals[:8]) - 0.8
     for row in run.metrics:
@@ -54,10 +54,10 @@ def names_in(folder):
 def test_killed_at_any_moment_it_resumes_to_the_same_bits(table, tmp_path):
     """SIGKILL before the first step, between checkpoints, and while one is written and renamed."""
     recipe = recipe_for(table, "declip", steps=20, checkpoint_every=6, log_every=3)
-    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
+    train(recipe, out=tmp_path / "whole", progress=False, report=False)
     run = tmp_path / "killed"
     checkpoints = partial(names_in, run / "checkpoints")
-    options = {"out": run, "resume": True, "quiet": True, "report": False}
+    options = {"out": run, "resume": True, "progress": False, "report": False}
     moments = [
         (partial(names_in, run), 0.0),
         (partial(size_of, run / "metrics.jsonl"), 0.0),
@@ -76,7 +76,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(table, tmp_path):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run was too quick to be killed"
-    train(recipe, out=run, resume=True, quiet=True, report=False)
+    train(recipe, out=run, resume=True, progress=False, report=False)
     same_end(tmp_path / "whole", run)
 
 
@@ -94,15 +94,15 @@ def test_a_signal_saves_and_the_run_continues(table, tmp_path, monkeypatch, numb
         return step(*arguments)
 
     monkeypatch.setattr(trainer_module, "training_step", interrupted)
-    run = train(recipe, out=tmp_path / "run", quiet=True, report=False)
+    run = train(recipe, out=tmp_path / "run", progress=False, report=False)
     assert (run.finished, run.step, run.status) == (
         False,
         1,
         130 if number == signal.SIGINT else TRY_AGAIN,
     )
     assert len(list_checkpoints(run.folder)) == 1
-    assert train(recipe, out=tmp_path / "run", resume=True, quiet=True, report=False).step == 8
-    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
+    assert train(recipe, out=tmp_path / "run", resume=True, progress=False, report=False).step == 8
+    train(recipe, out=tmp_path / "whole", progress=False, report=False)
     same_end(tmp_path / "whole", tmp_path / "run")
 
 
@@ -124,12 +124,14 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_helps(table, tmp_path, mo
 
 def test_a_run_of_another_recipe_is_not_resumed(table, tmp_path):
     run = tmp_path / "run"
-    train(recipe_for(table), out=run, quiet=True, report=False)
+    train(recipe_for(table), out=run, progress=False, report=False)
     with pytest.raises(UserError, match=r"lr was 0\.001.*steps was 8.*finetune\.pretrained"):
-        train(recipe_for(table, lr=2e-3, steps=9), out=run, resume=True, quiet=True, report=False)
+        train(
+            recipe_for(table, lr=2e-3, steps=9), out=run, resume=True, progress=False, report=False
+        )
     rows = (run / "metrics.jsonl").read_text()
     other = recipe_for(table, checkpoint_every=3, keep_checkpoints=9)
-    assert train(other, out=run, resume=True, quiet=True, report=False).finished
+    assert train(other, out=run, resume=True, progress=False, report=False).finished
     assert (run / "metrics.jsonl").read_text() == rows
 
 
@@ -140,7 +142,7 @@ def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(rows, tmp_
         write_rows(tmp_path / each, [{**rows[0], "caption": ""}, *rows[1:]])
     sections = {"evaluation": {"retrieval": [str(tmp_path / "val.jsonl")]}}
     recipe = recipe_for(tmp_path / "pairs.jsonl", "clip", sections, steps=2)
-    run = train(recipe, out=tmp_path / "run", quiet=True, report=False).folder
+    run = train(recipe, out=tmp_path / "run", progress=False, report=False).folder
     shuffled = [
         {**row, "caption": caption}
         for row, caption in zip(rows, captions[1:] + captions[:1], strict=True)
@@ -151,9 +153,9 @@ def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(rows, tmp_
         (rows[:-1], "24 .*23"),
     ):
         write_rows(tmp_path / name, others)
-        refuses(f"{change}.*--out", assemble, recipe, run, resume=True, quiet=True)
+        refuses(f"{change}.*--out", assemble, recipe, run, resume=True)
     write_rows(tmp_path / name, rows)
-    assert assemble(recipe, run, resume=True, quiet=True).progress.step == 2
+    assert assemble(recipe, run, resume=True).progress.step == 2
 
 
 class Breaking(DerivedSource):
@@ -180,7 +182,7 @@ def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, rows, tmp
     recipe = recipe_for(
         table, "clip", sections, log_every=1, checkpoint_every=100, evaluate_every=5
     )
-    train(recipe, out=tmp_path / "whole", quiet=True, report=False)
+    train(recipe, out=tmp_path / "whole", progress=False, report=False)
     source, held_out, sink = Breaking(table), Breaking(val), Mock(Sink)
     breaks = source if what == "training pairs" else held_out
     sink.log.side_effect = lambda step, values: setattr(breaks, "broken", step == 5)
@@ -190,7 +192,7 @@ def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, rows, tmp
         "data": source,
         "val": [held_out],
         "out": tmp_path / "run",
-        "quiet": True,
+        "progress": False,
     }
     refuses("the table changed", train, **given, report=False, callbacks=[sink])
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005"]
@@ -204,7 +206,7 @@ def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table, tmp
     bad = [b'{"step": 2, "pa', b"\0" * 40, b"\xff\xfe{}", b"17", b"[" * 100_000, b'{"step": 1, "lo']
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         (tmp_path / name).write_bytes(b"\n".join([b'{"step": 1}', *bad]))
-    train(recipe_for(table, "clip"), out=tmp_path, resume=True, quiet=True, report=False)
+    train(recipe_for(table, "clip"), out=tmp_path, resume=True, progress=False, report=False)
     for name, steps in (("metrics.jsonl", [1, 2, 4, 6, 8]), ("evaluations.jsonl", [1])):
         assert [row["step"] for row in read_rows(tmp_path / name)] == steps
         assert f"6 damaged lines of {tmp_path / name}" in (tmp_path / "log.txt").read_text()
@@ -215,13 +217,12 @@ def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table,
     data = {"source": str(write_rows(tmp_path / "pairs.jsonl", [*rows[:12], *lost]))}
     recipe = recipe_for(table, "clip", {"data": data})
     told = r"4 of the 16 .*data\.max_broken_fraction.*4 × missing image"
-    refuses(told, assemble, recipe, tmp_path / "run", quiet=True)
+    refuses(told, assemble, recipe, tmp_path / "run")
     refuses(told, estimate, recipe)
     assert not (tmp_path / "run").exists()
     assemble(
         recipe_for(table, "clip", {"data": {**data, "max_broken_fraction": 0.3}}),
         tmp_path / "run",
-        quiet=True,
     )
 
 
@@ -241,12 +242,11 @@ def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(ta
         recipe,
         tmp_path,
         resume=True,
-        quiet=True,
     )
     assert process.is_alive()
     process.kill()
     process.join()
-    assert assemble(recipe, tmp_path, resume=True, quiet=True).progress.step > 0
+    assert assemble(recipe, tmp_path, resume=True).progress.step > 0
 
 
 def test_wrong_runs_are_refused_before_anything_is_made(table, tmp_path):
@@ -256,7 +256,7 @@ def test_wrong_runs_are_refused_before_anything_is_made(table, tmp_path):
         (recipe_for(table, device="cuda:7"), r"train\.device"),
         (recipe_for(table, sections=small), r"'convnext_atto'.*16 × 16.*image\.size"),
     ):
-        refuses(message, train, recipe, out=tmp_path / "run", quiet=True, report=False)
+        refuses(message, train, recipe, out=tmp_path / "run", progress=False, report=False)
         assert not (tmp_path / "run").exists()
 
 
@@ -265,7 +265,7 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
 ):
     tree = recipe_for(table, "clip", log_every=1).model_dump()
     tree["image"]["model_kwargs"]["pos_drop_rate"] = 0.5
-    plain = train(Recipe.model_validate(tree), out=tmp_path / "plain", quiet=True, report=False)
+    plain = train(Recipe.model_validate(tree), out=tmp_path / "plain", progress=False, report=False)
     tree["evaluation"]["retrieval"] = [str(table)]
     tree["train"]["evaluate_every"] = 2
     recipe = Recipe.model_validate(tree)
@@ -275,9 +275,9 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
             evaluations, "evaluate_all", Mock(wraps=evaluations.evaluate_all, side_effect=results)
         )
         with pytest.raises(RuntimeError, match="crash"):
-            train(recipe, out=tmp_path / "run", quiet=True, report=False)
+            train(recipe, out=tmp_path / "run", progress=False, report=False)
     for _ in range(2):
-        run = train(recipe, out=tmp_path / "run", resume=True, quiet=True, report=False)
+        run = train(recipe, out=tmp_path / "run", resume=True, progress=False, report=False)
         assert [row["step"] for row in run.evaluations] == [2, 4, 6, 8]
     assert [row["loss"] for row in run.metrics] == [row["loss"] for row in plain.metrics]
 
@@ -293,7 +293,7 @@ def test_views_are_finished_in_full_precision(table, tmp_path, monkeypatch, chun
     train(
         recipe_for(table, steps=1, precision="bf16", grad_cache_chunk=chunk),
         out=tmp_path,
-        quiet=True,
+        progress=False,
         report=False,
     )
     assert set(seen) == {False}
@@ -336,7 +336,7 @@ def _told_without_memory(recipe, folder, queue):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
     try:
-        assemble(recipe, folder, quiet=True)
+        assemble(recipe, folder)
     except UserError as error:
         queue.put(str(error))
 

@@ -21,12 +21,12 @@ def download(
     cache: Annotated[
         Path | None, file("cache folder; default: DECLIP_CACHE, or ~/.cache/declip", metavar="DIR")
     ] = None,
-    quiet: opt.Quiet = False,
+    progress: opt.Progress = True,
 ) -> None:
     """Download a built-in set and render its images, once."""
     from declip.data.sources.open import download as fetch
 
-    say(f"Ready: {fetch(name, cache, progress=not quiet)}")
+    say(f"Ready: {fetch(name, cache, progress=progress)}")
 
 
 PAGE_WIDTH = 100  # columns of the report in a file or a pipe

@@ -81,7 +81,7 @@ Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     Option(help="precision of the towers; auto: the fastest that the device supports"),
 ]
-Quiet = Annotated[bool, Option("--quiet", help="show no progress")]
+Progress = Annotated[bool, Option(" /--quiet", show_default=False, help="show no progress")]
 Resume = Annotated[bool, Option("--resume", help="continue the run in the run folder")]
 ImageColumn = Annotated[str, Option(help="table column of image paths")]
 CaptionColumn = Annotated[
@@ -116,7 +116,7 @@ READING: dict[str, tuple[Any, Any]] = {
     "image_root": (ImageRoot, None),
     "device": (Device, "auto"),
     "precision": (Precision, "auto"),
-    "quiet": (Quiet, False),
+    "progress": (Progress, True),
 }
 """Options of commands that read images, and their defaults."""
 
@@ -180,8 +180,6 @@ def reads_images(
         names = [*filter(None, reading.pop("caption_column", []))]
         captions = names[0] if len(names) == 1 else names or None
         reading["columns"] = Columns(image, captions, root=reading.pop("image_root"))
-        if "quiet" in reading:
-            reading["progress"] = not reading.pop("quiet")
         command(**given, reading=reading)
 
     shared = [

@@ -31,7 +31,7 @@ def train(
         Path | None, file("run folder; default: runs/NAME, the name of the recipe", metavar="DIR")
     ] = None,
     resume: opt.Resume = False,
-    quiet: opt.Quiet = False,
+    progress: opt.Progress = True,
     dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time")] = False,
 ) -> None:
     """Train a model as a recipe describes, evaluate it, and write a report."""
@@ -47,7 +47,7 @@ def train(
         return
     from declip import api
 
-    run = api.train(recipe, given, out, resume, quiet, data=data, val=sets)
+    run = api.train(recipe, given, out, resume, progress=progress, data=data, val=sets)
     leave_unless_finished(run)
     _print_results(run)
     say(f"Report: {run.report}")
@@ -116,7 +116,7 @@ def finetune(
         ),
     ] = None,
     resume: opt.Resume = False,
-    quiet: opt.Quiet = False,
+    progress: opt.Progress = True,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model."""
     from declip.finetuning.request import Request
@@ -127,7 +127,7 @@ def finetune(
     )
     from declip.finetuning.run import run_request
 
-    run = run_request(request, out, resume, quiet)
+    run = run_request(request, out, resume, progress)
     leave_unless_finished(run)
     _print_finetuned(run)
 
@@ -173,7 +173,7 @@ def _print_skipped(run: Any, times: str = "") -> None:
         say(f"Left out{times}: {line}")
 
 
-@partial(reads_images, without=("precision", "quiet"))
+@partial(reads_images, without=("precision",))
 def evaluate(
     model: opt.Model,
     datasets: Annotated[
@@ -280,7 +280,7 @@ def compare(
     terms: Annotated[
         Path | None, file("Python file of losses of your own, TERMS = {NAME: CLASS}")
     ] = None,
-    quiet: opt.Quiet = False,
+    progress: opt.Progress = True,
 ) -> None:
     """Compare recipes at several numbers of pairs.
 
@@ -307,7 +307,7 @@ def compare(
 
     given |= {"tune": tune, "tune_on": tune_on, "terms": terms}
     folder = out or api.COMPARISON
-    outcome = api.compare(recipes, counts, seeds, out=folder, quiet=quiet, **given)
+    outcome = api.compare(recipes, counts, seeds, out=folder, progress=progress, **given)
     console.print(summary(outcome))
     if not outcome.complete:
         raise typer.Exit(2 if outcome.failures else 130)

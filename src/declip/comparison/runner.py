@@ -55,7 +55,7 @@ WITHOUT_EVALUATION: dict[str, Any] = {
 """Overrides of every trial: the comparison evaluates after the last step."""
 
 
-def run(study: Study, out: str | Path, quiet: bool = False) -> Outcome:
+def run(study: Study, out: str | Path, progress: bool = True) -> Outcome:
     """Run a comparison in a folder; called again after a stop, it continues.
 
     Every trial trains on the pairs that its seed selects, for the steps of its variant, and is then evaluated.
@@ -69,7 +69,7 @@ def run(study: Study, out: str | Path, quiet: bool = False) -> Outcome:
     """
     folder = Path(out).expanduser()
     check(extended(study, folder))
-    study = open_folder(study, folder, quiet)
+    study = open_folder(study, folder, progress)
     # --- the trials that are left; those that failed are tried again
     left = [trial for trial in study.trials() if not (folder_of(folder, trial) / RESULT).is_file()]
     for trial in left:
@@ -81,7 +81,7 @@ def run(study: Study, out: str | Path, quiet: bool = False) -> Outcome:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with progress_bar(*columns, shown=not quiet) as bar:
+    with progress_bar(*columns, progress=progress) as bar:
         task = bar.add_task("runs", total=len(left))
         work(study, folder, left, lambda: bar.advance(task))
     # --- the results of all processes
@@ -140,7 +140,7 @@ def check(study: Study) -> None:
         )
 
 
-def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:
+def open_folder(study: Study, folder: Path, progress: bool = False) -> Study:
     """Create the folder of a study, or add the study to the comparison in it; at equal compute, time what is new."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,12 +156,12 @@ def open_folder(study: Study, folder: Path, quiet: bool = True) -> Study:
         study = extended(study, folder)
         study.check_names()
         if study.budget == "compute":
-            study = _timed(study, quiet)
+            study = _timed(study, progress)
         write_text(folder / STUDY, json.dumps(study.to_dict(), indent=1))
     return study
 
 
-def _timed(study: Study, quiet: bool) -> Study:
+def _timed(study: Study, progress: bool) -> Study:
     """Time a step of the new variants, loading included, and set the steps that fit the budget."""
     first = study.variants[0]
     new = [variant for variant in study.variants if variant.seconds is None]
@@ -172,11 +172,11 @@ def _timed(study: Study, quiet: bool) -> Study:
     recipes = {variant.name: variant.resolve(overrides) for variant in (first, *new)}
     times: dict[str, list[float]] = {name: [] for name in recipes}
     extensions = Extensions(terms=study.terms)
-    with status(f"Timing a step of {', '.join(variant.name for variant in new)}", not quiet):
+    with status(f"Timing a step of {', '.join(variant.name for variant in new)}", progress):
         for name in [*recipes] * ROUNDS:
             with TemporaryDirectory() as folder:
                 run_folder = Path(folder) / "run"
-                parts = assemble(recipes[name], run_folder, quiet=True, extensions=extensions)
+                parts = assemble(recipes[name], run_folder, extensions=extensions)
                 times[name] += step_seconds(parts, WARM, TIMED)
     measured = {name: median(values) for name, values in times.items()}
     # --- as if the machine were as fast as when the first variant was timed
@@ -199,8 +199,8 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     overrides = {"train.steps": variant.steps, "data.max_pairs": trial.pairs, "seed": trial.seed}
     overrides |= WITHOUT_EVALUATION
     recipe, extensions = variant.resolve(overrides), Extensions(terms=study.terms)
-    parts = assemble(recipe, run_folder, resume=True, quiet=True, extensions=extensions)
-    trainer = Trainer(parts)
+    parts = assemble(recipe, run_folder, resume=True, extensions=extensions)
+    trainer = Trainer(parts, progress=False)
     run = trainer.train()
     if not run.finished:
         return False

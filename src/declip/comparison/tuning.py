@@ -35,7 +35,7 @@ class Grid:
         return cls(key, values, dataset)
 
 
-def tuned(study: Study, grid: Grid, out: str | Path, quiet: bool = False) -> Study:
+def tuned(study: Study, grid: Grid, out: str | Path, progress: bool = True) -> Study:
     """Choose a value for each recipe with the largest number of pairs and the first seed, and return the study with it.
 
     The runs are a comparison of their own in the folder OUT-tuning, and are repeated by no later call.
@@ -59,7 +59,7 @@ def tuned(study: Study, grid: Grid, out: str | Path, quiet: bool = False) -> Stu
         tasks=study.tasks[:1],
         budget="samples",
     )
-    outcome = runner.run(trials, f"{Path(out).expanduser()}-tuning", quiet)
+    outcome = runner.run(trials, f"{Path(out).expanduser()}-tuning", progress)
     if not outcome.complete:
         reason = next(
             iter(outcome.failures.values()), "it was stopped; run the command again to continue"

@@ -54,7 +54,7 @@ def finetune(
     overrides: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    quiet: bool = False,
+    progress: bool = True,
     *,
     val: str | Path | PairSource | Items | Sequence[Any] = (),
     keep: str | Path | PairSource | Items | Sequence[Any] = (),
@@ -87,14 +87,14 @@ def finetune(
     (source, *sets), sources = name_sources(pairs, *held_out, *held_out_sets(keep))
     val_sets, kept_sets = sets[: len(held_out)], sets[len(held_out) :]
     request = Request.of(source, folder_or_name(weights), overrides, val_sets, kept_sets, freeze)
-    return run_request(request, out, resume, quiet, sources)
+    return run_request(request, out, resume, progress, sources)
 
 
 def run_request(
     request: Request,
     out: str | Path | None,
     resume: bool,
-    quiet: bool,
+    progress: bool,
     sources: Sources = NO_SOURCES,
 ) -> Run | FittedRun:
     """Fine-tune as `finetune` does; `sources` are the Python objects that the request names."""
@@ -102,9 +102,9 @@ def run_request(
     hosts = distributed.meet(request.keys.get("train.device", "auto"))[1]
     start = Start(request)
     # Heads are fitted by rank 0 alone, in seconds
-    fitted = hosts.on_rank_zero(partial(_fit_heads, start, folder, resume, quiet, sources))
+    fitted = hosts.on_rank_zero(partial(_fit_heads, start, folder, resume, progress, sources))
     if fitted is None:
-        run: Run | FittedRun = _train_towers(start, folder, resume, quiet, sources, hosts)
+        run: Run | FittedRun = _train_towers(start, folder, resume, progress, sources, hosts)
     else:
         run = replace(fitted, is_rank_zero=distributed.is_rank_zero())
     distributed.leave()
@@ -159,7 +159,7 @@ class Start:
 
 
 def _fit_heads(
-    start: Start, folder: Path, resume: bool, quiet: bool, sources: Sources
+    start: Start, folder: Path, resume: bool, progress: bool, sources: Sources
 ) -> FittedRun | None:
     """Fit heads between frozen towers, if that is what was asked for."""
     if is_fitted(folder):
@@ -186,10 +186,10 @@ def _fit_heads(
     validated = list(map(held_out.test, val))
     for trained in (source, pairs_of(start.name)):
         if trained is not None and validated:
-            check_copies(trained, validated, not quiet)
+            check_copies(trained, validated, progress)
     sets = held_out.by_task(recipe.evaluation.val)
     recipe = resolve(recipe, Facts(start.weights, sets=sets))
-    return run_fit(FitTask(recipe, start.weights, source, held_out, not quiet), folder)
+    return run_fit(FitTask(recipe, start.weights, source, held_out, progress), folder)
 
 
 def _finished_fit(request: Request, folder: Path, resume: bool) -> FittedRun:
@@ -209,7 +209,7 @@ def _finished_fit(request: Request, folder: Path, resume: bool) -> FittedRun:
 
 
 def _train_towers(
-    start: Start, folder: Path, resume: bool, quiet: bool, sources: Sources, hosts: HostGroup
+    start: Start, folder: Path, resume: bool, progress: bool, sources: Sources, hosts: HostGroup
 ) -> Run:
     """Train towers by gradient steps, or continue such a run."""
     request = start.request
@@ -225,7 +225,7 @@ def _train_towers(
 
             def choose() -> tuple[Recipe, Lists]:
                 nonlocal split
-                recipe, split = training_recipe(start, folder, quiet, sources)
+                recipe, split = training_recipe(start, folder, progress, sources)
                 return recipe, split.lists
 
             recipe, lists = hosts.on_rank_zero(choose)
@@ -236,7 +236,7 @@ def _train_towers(
             else:  # another rank, which opens the lists by name
                 added = Extensions(sources=open_lists(lists, sources))
         # --- the run
-        state = assemble(recipe, folder, resume, quiet, added)
+        state = assemble(recipe, folder, resume, added)
         for warning in (
             caption_warnings(state.source, state.model.tokenizer)
             if distributed.is_rank_zero()
@@ -250,10 +250,10 @@ def _train_towers(
         )
 
         def finish(folder: Path, model: DualEncoder) -> None:
-            mixed = mix_with_start(folder, state.held_out, quiet) if mixes else None
+            mixed = mix_with_start(folder, state.held_out, progress) if mixes else None
             outputs.write_finetuned(folder, model if mixed is None else mixed, state.held_out)
 
-        return Trainer(state).train(finish)
+        return Trainer(state, progress).train(finish)
 
 
 @contextmanager
@@ -308,11 +308,11 @@ def _refuse_others(recipe: Recipe, request: Request) -> None:
 
 
 def training_recipe(
-    start: Start, folder: Path, quiet: bool = False, sources: Sources = NO_SOURCES
+    start: Start, folder: Path, progress: bool = True, sources: Sources = NO_SOURCES
 ) -> tuple[Recipe, Split]:
     """Resolve the recipe of a run and choose its pairs, whose lists the folder will have."""
     request, checked = start.request, start.checked
-    split = choose_pairs(request, checked, folder, quiet, sources)
+    split = choose_pairs(request, checked, folder, progress, sources)
     count = min(len(split.train), checked.data.max_pairs or len(split.train))
     keys = start.keys(count, bool(split.val))
     name: str | None = split.name

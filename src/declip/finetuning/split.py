@@ -34,7 +34,7 @@ class Split(NamedTuple):
 
 
 def choose_pairs(
-    request: Request, recipe: Recipe, folder: Path, quiet: bool, sources: Sources
+    request: Request, recipe: Recipe, folder: Path, progress: bool, sources: Sources
 ) -> Split:
     """Choose the training pairs and validation sets; a split has the names of its lists in the run folder.
 
@@ -48,12 +48,12 @@ def choose_pairs(
     unsplit = Split(train, pairs, request.val, {**sources, pairs: source}, held_out)
     if request.val:
         for trained in [train] if seen is None else [train, seen]:
-            check_copies(trained, list(map(held_out.test, request.val)), not quiet)
+            check_copies(trained, list(map(held_out.test, request.val)), progress)
         return unsplit
     if "validation" not in source.splits() and len(train) < FEWEST:
         _check_few(train)
         return unsplit
-    parts = split_pairs(source, progress=not quiet, seen=seen)
+    parts = split_pairs(source, progress=progress, seen=seen)
     own, val = names = [str(folder / name) for name in SPLIT]
     lists = {
         name: list_of(pairs, columns, source, part) for name, part in zip(names, parts, strict=True)

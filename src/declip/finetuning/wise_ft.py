@@ -50,7 +50,9 @@ def ends_of(folder: Path, device: str = "auto") -> tuple[DualEncoder, DualEncode
     return models[0].to(pick_device(device)).eval(), models[1].to(pick_device(device)).eval()
 
 
-def mix_with_start(folder: Path, held_out: HeldOutSets, quiet: bool = False) -> DualEncoder | None:
+def mix_with_start(
+    folder: Path, held_out: HeldOutSets, progress: bool = True
+) -> DualEncoder | None:
     """Choose a mixture on the validation sets and `evaluation.keep`, and write it into the folder of a finished run.
 
     `declip.load` reads it instead of the best checkpoint. The score is the mean, over the sets, of R@1 of both
@@ -61,14 +63,14 @@ def mix_with_start(folder: Path, held_out: HeldOutSets, quiet: bool = False) -> 
         return None
     start, end = ends_of(folder)
     mixture = best_mixture(
-        lambda alpha: set_scores(interpolate(start, end, alpha), run.recipe, quiet, held_out)
+        lambda alpha: set_scores(interpolate(start, end, alpha), run.recipe, progress, held_out)
     )
     best = mixture["alpha"]
     mixed = interpolate(start, end, best) if best < 1 else None
     if mixed is not None:
         with atomic_write(folder / run_folder.MIXED) as temporary:
             save_tensors(prefixed("model", mixed.state_dict()), temporary)
-        for result in held_out.measure(mixed, held_out.tasks(run.recipe, final=True), not quiet):
+        for result in held_out.measure(mixed, held_out.tasks(run.recipe, final=True), progress):
             row = {"step": run.step, "best_step": run.best_step, **result.to_dict()}
             run_folder.append_row(folder / run_folder.EVALUATIONS, row)
     # Written last: a run that is stopped before chooses again.
@@ -77,12 +79,12 @@ def mix_with_start(folder: Path, held_out: HeldOutSets, quiet: bool = False) -> 
 
 
 def set_scores(
-    model: Encoder, recipe: Recipe, quiet: bool, held_out: HeldOutSets
+    model: Encoder, recipe: Recipe, progress: bool, held_out: HeldOutSets
 ) -> dict[str, float]:
     """R@1 (mean of both directions) or top-1 on each validation set and each set of `evaluation.keep`."""
     tasks = held_out.tasks(recipe, final=False) | held_out.tasks_to_keep(recipe)
     results = {
-        name: held_out.measure(model, {name: protocols}, not quiet)
+        name: held_out.measure(model, {name: protocols}, progress)
         for name, protocols in tasks.items()
     }
     return {name: fmean(result.headline.value for result in each) for name, each in results.items()}

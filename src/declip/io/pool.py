@@ -110,7 +110,7 @@ def _sigterm_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def pairs_bar(shown: bool) -> Progress:
+def pairs_bar(progress: bool) -> Progress:
     """Progress bar on standard error that counts pairs or other units."""
     columns = (
         TextColumn("{task.description}"),
@@ -118,7 +118,7 @@ def pairs_bar(shown: bool) -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    return progress_bar(*columns, shown=shown)
+    return progress_bar(*columns, progress=progress)
 
 
 @contextmanager

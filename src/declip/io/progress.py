@@ -14,16 +14,16 @@ LONGEST = 30.0
 UNITS = {TimeRemainingColumn: " left", TimeElapsedColumn: " elapsed"}
 
 
-def progress_bar(*columns: Any, shown: bool = True, **options: Any) -> Progress:
+def progress_bar(*columns: Any, progress: bool = True, **options: Any) -> Progress:
     """Create a rich progress bar on standard error, or `PlainProgress` without a terminal."""
-    console = Console(stderr=True, quiet=not shown)
-    kind = Progress if not shown or console.is_interactive else PlainProgress
-    return kind(*columns, console=console, disable=not shown, **options)
+    console = Console(stderr=True, quiet=not progress)
+    kind = Progress if not progress or console.is_interactive else PlainProgress
+    return kind(*columns, console=console, disable=not progress, **options)
 
 
-def status(text: str, shown: bool = True) -> AbstractContextManager[Any]:
+def status(text: str, progress: bool = True) -> AbstractContextManager[Any]:
     """Show a spinner with a text on standard error while a block runs, or a line without a terminal."""
-    console = Console(stderr=True, quiet=not shown)
+    console = Console(stderr=True, quiet=not progress)
     if console.is_interactive:
         return console.status(text)
     print_line(console, f"{text} …")

@@ -65,7 +65,6 @@ def assemble(
     recipe: Recipe,
     folder: Path,
     resume: bool = False,
-    quiet: bool = False,
     extensions: Extensions = NO_EXTENSIONS,
 ) -> RunState:
     """Build the state of a recipe's run, or of the run in the folder, to continue it; see `declip.train`."""
@@ -122,7 +121,7 @@ def assemble(
     samples = sample_hashes(recipe, source, held_out)
     # --- the run folder, and the checkpoint in it
     state = RunState(
-        recipe, folder, quiet, extensions, hosts, source, held_out, model, objective, pretrained, learner, built,
+        recipe, folder, extensions, hosts, source, held_out, model, objective, pretrained, learner, built,
         loader, workers, samples,
     )  # fmt: skip
     _start_or_continue(state, resume)

@@ -35,7 +35,7 @@ def estimate(recipe: Recipe) -> str:
     most_broken = max(0.5, recipe.data.max_broken_fraction)
     small = recipe.with_keys({"data.max_pairs": few, "data.max_broken_fraction": most_broken})
     with TemporaryDirectory() as folder:
-        state = assemble(small, Path(folder) / "run", quiet=True)
+        state = assemble(small, Path(folder) / "run")
         steps = train.steps * fmean(step_seconds(state, 1, TIMED))
         sets = map(state.held_out.test, state.held_out.tasks(state.recipe, final=False))
         count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1

@@ -38,7 +38,7 @@ class RunInfo:
     start: int
     steps: int
     batch_size: int
-    quiet: bool = False
+    progress: bool = True
     model: DualEncoder | None = None
     terms: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,7 +52,7 @@ class Sink:
     Examples:
         >>> class Losses(declip.Sink):
         ...     def log(self, step, row): print(step, "loss" in row)
-        >>> options = {"data": "pairs.csv", "quiet": True, "callbacks": [Losses()]}
+        >>> options = {"data": "pairs.csv", "progress": False, "callbacks": [Losses()]}
         >>> run = declip.train("runs/demo/recipe.yaml", {"train.steps": 1}, "runs/one", **options)
         1 True
     """
@@ -128,7 +128,7 @@ class Bar(Sink):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}", "dim", table_column=Column(ratio=8, no_wrap=True)),
-            shown=not info.quiet,
+            progress=info.progress,
             refresh_per_second=2,
             expand=True,
         )
@@ -140,7 +140,7 @@ class Bar(Sink):
         if not console.is_interactive:
             self._handler = logging.StreamHandler(console.file)
             self._handler.setFormatter(FORMAT)
-        if not info.quiet:
+        if info.progress:
             log.addHandler(self._handler)
             self.progress.start()
 

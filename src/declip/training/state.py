@@ -102,7 +102,6 @@ class RunState:
 
     recipe: Recipe  # resolved: precision, sizes and steps are set
     folder: Path
-    quiet: bool
     extensions: Extensions
     hosts: HostGroup  # coordination between the ranks
     source: PairSource

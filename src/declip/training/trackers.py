@@ -70,7 +70,7 @@ class WandB(Tracker):
             mode=mode,
             config=read_yaml(Run(info.folder).recipe_text),
             # Standard error stays the progress bar's
-            settings=wandb.Settings(console="off", silent=info.quiet),
+            settings=wandb.Settings(console="off", silent=not info.progress),
         )
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:

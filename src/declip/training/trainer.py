@@ -41,7 +41,7 @@ warn_once = cache(log.warning)
 class Trainer:
     """Takes the remaining steps of a run."""
 
-    def __init__(self, state: RunState) -> None:
+    def __init__(self, state: RunState, progress: bool = True) -> None:
         recipe = state.recipe
         self.state, self.progress, self.loader = state, state.progress, state.loader
         # Step whose loss or gradient is not finite
@@ -53,6 +53,15 @@ class Trainer:
         self.stop = StopRequest()
         self.writer = CheckpointWriter(state.folder, recipe.train.keep_checkpoints)
         self.start, self.is_rank_zero = state.progress.step, distributed.is_rank_zero()
+        self.info = RunInfo(
+            state.folder,
+            state.progress.step,
+            recipe.train.steps,
+            recipe.train.batch_size,
+            progress,
+            state.model,
+            dict(state.objective.terms.items()),
+        )
         self.calls_user = False  # whether rank 0 has callbacks, which may be slow at any step
 
     @property
@@ -65,22 +74,13 @@ class Trainer:
     def train(self, finish: Callable[[Path, DualEncoder], object] | None = None) -> Run:
         """Take the remaining steps, then evaluate; rank 0 then calls `finish` with the folder and the model."""
         state, train = self.state, self.state.recipe.train
-        info = RunInfo(
-            state.folder,
-            self.progress.step,
-            train.steps,
-            train.batch_size,
-            state.quiet,
-            state.model,
-            dict(state.objective.terms.items()),
-        )
         with state.lock or nullcontext():
             sinks = (
                 [*trackers_of(train.report_to), *state.extensions.callbacks]
                 if self.is_rank_zero
                 else []
             )
-            with monitored(info, sinks, not self.is_rank_zero) as monitor, self.writer:
+            with monitored(self.info, sinks, not self.is_rank_zero) as monitor, self.writer:
                 # Other ranks wait here for the start of slow sinks.
                 self.calls_user = state.hosts.on_rank_zero(lambda: bool(state.extensions.callbacks))
                 if not self.finished:
@@ -309,9 +309,11 @@ class Trainer:
         # With FSDP each forward pass is a collective, so that all ranks take the same ones.
         share = ALONE if state.sharded else state.hosts
         tasks = state.hosts.on_rank_zero(partial(state.held_out.tasks, state.recipe, final))
-        shown = self.is_rank_zero and not state.quiet
+        progress_shown = self.is_rank_zero and self.info.progress
         results = list[Result]()
-        for result in state.held_out.measure(state.model, tasks, shown, state.workers, share):
+        for result in state.held_out.measure(
+            state.model, tasks, progress_shown, state.workers, share
+        ):
             row = {**result.to_dict(), **weights}
             # A callback may take longer than ranks wait for each other.
             state.hosts.on_rank_zero(partial(monitor.evaluation, progress.step, row))
