@@ -13,7 +13,7 @@ from declip.closed_form.heads import FOLDS, choose_heads
 from declip.closed_form.neighbors import Side, Similarities, both_resemble, leading_axes
 from declip.closed_form.ranks import ranks_by
 from declip.closed_form.related import known_pairs, with_neighbors
-from declip.closed_form.solve import Heads, Pairs
+from declip.closed_form.solve import START, Heads, Pairs
 from pair_features import class_pairs, features, pairs_of
 
 
@@ -84,6 +84,14 @@ def test_what_an_image_and_a_text_both_resemble_counts_most_in_their_cosine():
     assert products[1] > products[2] > products[0]
     assert both_resemble(images, texts, image, text, 2) == [1, 2]
     assert both_resemble(images, texts, image, text, 9) == [1, 2, 0], "3 is unlike the image"
+
+
+def test_a_start_that_no_heads_improve_stays_as_it_is():
+    pairs, classes = pairs_of(60), class_pairs()
+    shuffled = pairs._replace(texts=pairs.texts.roll(30, dims=0))
+    choice = choose_heads(shuffled, np.arange(60), classes)
+    assert choice.form == START
+    assert with_neighbors(choice, shuffled, np.arange(60), classes) is choice
 
 
 def test_heads_in_another_type_keep_their_neighbors():

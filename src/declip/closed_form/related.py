@@ -18,7 +18,7 @@ from declip.closed_form.ranks import (
     caption_numbers,
     score,
 )
-from declip.closed_form.solve import ClassPairs, Heads, Pairs
+from declip.closed_form.solve import START, ClassPairs, Heads, Pairs
 
 # Of the neighbors among all known pairs, and among the classes; the projections have 1
 WITHOUT = (0.0, 0.0)
@@ -33,8 +33,11 @@ def with_neighbors(
     """Add neighbors to the heads of a choice, with the weights that rank left-out pairs best.
 
     The neighbors of a left-out pair are pairs of other folds. Of too few pairs to measure, the
-    usual weights are taken. Arguments as of `choose_heads`.
+    usual weights are taken. A start that no heads improve stays as it is. Arguments as of
+    `choose_heads`.
     """
+    if choice.form == START:
+        return choice
     weights = WEIGHTS[0]
     outcome = choice.outcome
     if outcome is not None:
