@@ -64,7 +64,13 @@ def some_ranks(to_text, to_image):
     nothing = torch.empty(0)
     owners = torch.arange(len(to_text))
     return HeldOutRanks(
-        owners, torch.tensor(to_text), torch.tensor(to_image), nothing, nothing, nothing
+        owners,
+        torch.tensor(to_text),
+        torch.tensor(to_image),
+        first=nothing,
+        images=nothing,
+        fit=nothing,
+        losses=nothing,
     )
 
 

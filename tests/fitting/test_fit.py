@@ -22,6 +22,7 @@ from declip.data.sources.open import open_source
 from declip.data.sources.subset import Subset
 from declip.fitting.adapted import Adapted
 from declip.fitting.base import Base
+from declip.fitting.shown import SHOWN_QUERIES
 from declip.io.text import percent
 from declip.models.image_tower import ImageTower
 from declip.models.posteriors import PosteriorProjection
@@ -159,9 +160,10 @@ def test_a_fit_is_two_matrices_its_measures_and_an_export_that_stands_alone(run,
         1 / 8,
     )  # 10 is more than a fifth of 8
     worst = run.facts["worst"]
-    assert (
-        page.count('src="data:image/webp') == len({row["key"] for row in worst}) == len(worst) == 16
-    )
+    assert len({row["key"] for row in worst}) == len(worst) == 16
+    shown = run.facts["queries"]["shown"]
+    assert len(shown) == SHOWN_QUERIES
+    assert page.count('src="data:image/webp') == len(worst) + 2 * len(shown), "without a start"
     assert min(row["rank"] for row in worst) > 0, "a caption that is first is not among the worst"
     ranks = list(run.caption_ranks.values())
     assert len(ranks) == 2 * COUNT
@@ -236,8 +238,10 @@ def test_each_image_is_read_once(folder, tmp_path):
 
     pairs = Counted(open_source(folder / "pairs.csv"), np.arange(COUNT))
     run = declip.finetune(pairs, start_of(folder), keys_of(), tmp_path / "run", progress=False)
-    shown = {row["key"] for row in run.facts["worst"]}
-    assert reads.total() == COUNT + len(shown)
+    images = [row["image"]["src"] for row in run.facts["worst"]]
+    for query in run.facts["queries"]["shown"]:
+        images += [query[name]["src"] for name in ("own", "before", "now")]
+    assert reads.total() == COUNT + len(set(images))
 
 
 def killed_while_it_exports(folder, out):

@@ -1,5 +1,7 @@
 """A fit of a model of one's own: an object with four methods."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,11 @@ from PIL import Image
 
 import declip
 from conftest import refuses
+from declip.closed_form.folds import assign_folds
+from declip.closed_form.heads import FOLDS
+from declip.data.images.thumbnails import Thumbnail
 from declip.data.pair import Pair, PairSource
+from declip.fitting.shown import OUTCOMES, SHOWN_QUERIES, compared_queries
 
 NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta", "gray", "orange")
 COLORS = np.random.default_rng(0).integers(0, 256, (len(NAMES), 3))
@@ -68,6 +74,31 @@ def test_the_heads_map_its_embeddings_into_one_space(fitted):
     before = declip.evaluate(Colors(), Painted(), "retrieval", progress=False)
     after = declip.evaluate(fitted.model, Painted(), "retrieval", progress=False)
     assert before.text_to_image.r10 < 0.4 < 0.7 < after.text_to_image.r10
+
+
+def test_the_report_shows_what_came_first_before_and_by_a_fit_without_the_caption(fitted):
+    choice, features = fitted.choice, fitted.features
+    images, texts, _ = features.pairs
+    folds = assign_folds(features.groups, FOLDS, fitted.seed)
+    first, outcomes = {}, Counter()
+    for row, caption in enumerate(features.captions):
+        heads = choice.whole.heads_without(int(folds[row]), choice.form).to(images)
+        others = torch.from_numpy(folds != folds[row])
+        before, now = (
+            int(each.masked_fill(others, -torch.inf).argmax())
+            for each in (images @ texts[row], heads.similarities(images, texts[row][None])[:, 0])
+        )
+        first[caption] = {"own": row, "before": before, "now": now}
+        right = (now == row, before == row)
+        names = {(True, False): "now", (False, True): "before", (True, True): "both"}
+        outcomes[names.get(right, "neither")] += 1
+    found = compared_queries(fitted, lambda index: Thumbnail(str(index), ""))
+    assert found["compared"]
+    assert found["counts"] == {name: outcomes[name] for name in OUTCOMES}
+    assert len({query["caption"] for query in found["shown"]}) == SHOWN_QUERIES
+    for query in found["shown"]:
+        for name, index in first[query["caption"]].items():
+            assert query[name]["src"] == str(index)
 
 
 def test_every_image_is_encoded_once():

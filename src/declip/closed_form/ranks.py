@@ -23,6 +23,7 @@ class HeldOutRanks:
     owners: Tensor  # (m,) int64, the image of each caption
     to_text: Tensor  # (n,) int64, rank of an image's best caption in its block, from 0
     to_image: Tensor  # (m,) int64, rank of a caption's best image
+    first: Tensor  # (m,) int64, the image that came first for a caption
     images: Tensor  # (n,) int64, number of images in the block
     fit: Tensor  # (m,) mean rank of caption and image for each other, see `rank`
     losses: Tensor  # (n, scales) float64, cross-entropy of an image with its captions
@@ -37,10 +38,12 @@ class HeldOutRanks:
         images = torch.cat([block.images for block, _ in parts]).argsort()
         captions = torch.cat([block.captions for block, _ in parts]).argsort()
         ranks = [each for _, each in parts]
+        first = [block.images[each.first] for block, each in parts]
         return cls(
             owners=pairs.owners,
             to_text=torch.cat([each.to_text for each in ranks])[images],
             to_image=torch.cat([each.to_image for each in ranks])[captions],
+            first=torch.cat(first)[captions],
             images=torch.cat([each.images for each in ranks])[images],
             fit=torch.cat([each.fit for each in ranks])[captions],
             losses=torch.cat([each.losses for each in ranks])[images],
@@ -174,6 +177,10 @@ def score(similarities: Tensor, block: HeldOutBlock) -> HeldOutRanks:
     top = best.amax(dim=1)  # (b,)
     to_text = (similarities > top[:, None]).sum(dim=1)
     to_image = (similarities > best.amax(dim=0)).sum(dim=0)[columns]
+    # Of equal similarities the right one
+    nearest = torch.where(
+        to_image == 0, best.argmax(dim=0)[columns], similarities.argmax(dim=0)[columns]
+    )
     # --- the rank of each caption and its image for each other
     own = similarities[rows, columns]  # (c,)
     for_image = rank(similarities[rows], own, relevant[rows])
@@ -182,6 +189,7 @@ def score(similarities: Tensor, block: HeldOutBlock) -> HeldOutRanks:
         owners=rows,
         to_text=to_text,
         to_image=to_image,
+        first=nearest,
         images=torch.full_like(to_text, len(to_text)),
         fit=(for_image + for_caption) / 2,
         losses=_losses(similarities, relevant, top),

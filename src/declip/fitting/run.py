@@ -21,6 +21,7 @@ from declip.evaluation.results import Result
 from declip.fitting.adapted import Adapted
 from declip.fitting.base import Base, check_linear
 from declip.fitting.fit import Fitted, fit
+from declip.fitting.shown import compared_queries, worst_captions
 from declip.interchange.export import export_complete
 from declip.interchange.fitted import base_model, write_heads
 from declip.interchange.format import Traced
@@ -45,7 +46,6 @@ from declip.runs.fitted import (
 
 ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of the fitted heads that are tried
 LEFT_OUT = "left-out pairs"  # the set of cross-validation in the scores of a mixture
-SHOWN_WORST = 16  # images on the page, each with its worst caption
 HINT = "Choose another --out."
 
 log = logging.getLogger("declip")
@@ -108,8 +108,7 @@ def run_fit(task: FitTask, folder: Path) -> FittedRun:
         _write(partial, folder, fitted, weights, known, after)
         _write_known(partial / KNOWN, fitted, named_weights(recipe, weights))
         _write_json(partial / RESULTS, {"start": _plain(before), "fitted": _plain(after)})
-        facts = {"source": _facts(source), "skipped": _skipped(fitted), "worst": _worst(fitted)}
-        _write_json(partial / FACTS, facts | {"mixture": mixture})
+        _write_json(partial / FACTS, _facts(fitted, mixture))
         run = FittedRun(partial)
         first = next(iter(tasks), None)
         shown = None if first is None else task.held_out.dataset(first)
@@ -245,33 +244,22 @@ def _write_known(path: Path, fitted: Fitted, weights: Weights) -> None:
     write_table(path, ("key", "caption"), rows)
 
 
-def _worst(fitted: Fitted) -> list[dict[str, Any]]:
-    """The worst caption of each of some images, without those that rank first, with thumbnails."""
-    worst = dict[int, tuple[str, float]]()
-    for index, caption, rank in fitted.ranks():
-        if rank > 0 and len(worst) < SHOWN_WORST:
-            worst.setdefault(index, (caption, rank))
-    image_of = thumbnails_of(fitted.source)
-    shown = []
-    for index, (caption, rank) in worst.items():
-        image = image_of(index)
-        picture = None if image is None else image._asdict()
-        key = fitted.source.key(index)
-        shown.append({"key": key, "caption": caption, "rank": rank, "image": picture})
-    return shown
-
-
-def _facts(source: PairSource) -> dict[str, Any]:
-    return {
+def _facts(fitted: Fitted, mixture: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts for the report, see `FittedRun.facts`."""
+    source, image_of = fitted.source, thumbnails_of(fitted.source)
+    pairs = {
         "name": source.name,
         "pairs": len(source),
         "captions": source.captions_from,
         "credit": source.credit,
     }
-
-
-def _skipped(fitted: Fitted) -> dict[str, Any]:
-    return {**fitted.features.skipped.to_dict(), "seen": len(fitted.source)}
+    return {
+        "source": pairs,
+        "skipped": {**fitted.features.skipped.to_dict(), "seen": len(source)},
+        "queries": compared_queries(fitted, image_of),
+        "worst": worst_captions(fitted, image_of),
+        "mixture": mixture,
+    }
 
 
 def _described(fitted: Fitted, recipe: Recipe) -> dict[str, str]:

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from declip.closed_form.heads import FEWEST
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.results import short_names
 from declip.io.atomic import write_text
+from declip.io.text import plural
 from declip.models.encoder import Encoder
 from declip.reports.charts import growth_chart
 from declip.reports.page import render
@@ -49,6 +50,23 @@ def fitted_lines(run: FittedRun) -> list[str]:
     return text.strip().splitlines() + mixture_lines(run.mixture)
 
 
+def first_line(queries: Mapping[str, Any]) -> str:
+    """Say how many left-out captions rank the right image first, and by the start."""
+    counts = queries["counts"]
+    total = plural(sum(counts.values()), "left-out caption")
+    now = counts["now"] + counts["both"]
+    line = f"The right image comes first for {now:,} of {total}"
+    if queries["compared"]:
+        before = counts["before"] + counts["both"]
+        line += f"; before fine-tuning it did for {before:,}"
+    return f"{line}."
+
+
+def place_of(percentile: Mapping[str, float] | None) -> int | None:
+    """The mean place of the right one among 100, by the mean fraction of the others that it beats."""
+    return None if percentile is None else round(100 - 99 * percentile["value"])
+
+
 def write_fitted_report(
     run: FittedRun, name: str, facts: Mapping[str, str], held_out: Dataset | None, model: Encoder
 ) -> Path:
@@ -60,6 +78,7 @@ def write_fitted_report(
         held_out: The validation set whose searches are shown; None: no searches.
     """
     grown = run.cross_validation.get("growth", {})
+    queries = run.facts.get("queries")
     encoded = None if held_out is None else encode_set(partial(held_out.split, "test"), model)
     source = run.facts["source"]
     credits = [source["credit"]]
@@ -72,6 +91,10 @@ def write_fitted_report(
         run=run,
         source=source,
         lines=fitted_lines(run),
+        queries=queries,
+        first_line=first_line(queries) if queries else None,
+        place=place_of(run.cross_validation.get("percentile")),
+        place_of_start=place_of(run.cross_validation.get("percentile_of_start")),
         growth=growth_chart(grown).svg("growth") if grown.get("measured") else None,
         results_table=compared_table(run.results, run.results_of_start),
         set_names=short_names(result.dataset for result in run.results),

@@ -20,7 +20,7 @@ MEASURES = "cross_validation.json"
 RANKS = "out_of_fold.csv"  # of each caption
 KNOWN = "neighbors.csv"  # the pairs and classes that images and captions are compared with
 RESULTS = "results.json"  # of validation sets, before and after
-FACTS = "fit.json"  # pairs, skipped pairs, worst captions, mixture
+FACTS = "fit.json"  # pairs, skipped pairs, some captions, mixture
 REPORT = "report.html"
 EXPORTS = "exported"
 
@@ -72,7 +72,10 @@ class FittedRun:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """The pairs ("source"), "skipped" pairs by reason, the "worst" captions, the "mixture"."""
+        """The pairs ("source"), "skipped" pairs by reason, the "mixture", and captions for the report.
+
+        "queries": some, with the images that came first before and now; "worst": the worst.
+        """
         return self._json(FACTS)
 
     @property
