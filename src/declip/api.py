@@ -142,11 +142,37 @@ def evaluate(
         raise UserError(
             "declip.evaluate returns one result. Pass one number of shots, such as shots=4."
         )
-    opened = open_dataset(
-        dataset, label_column=label_column, columns=columns, captioned=task == "retrieval"
-    )
-    warn_of_training_pairs(model, [opened])
-    return evaluate_all(loaded(model, device, precision), opened, (task,), options)[0]
+    return evaluate_sets(
+        model,
+        [dataset],
+        task,
+        options,
+        label_column=label_column,
+        columns=columns,
+        device=device,
+        precision=precision,
+    )[0]
+
+
+def evaluate_sets(
+    model: str | Path | Run | Encoder,
+    datasets: Sequence[str | Path | PairSource | Items | Dataset],
+    task: str,
+    options: Options,
+    *,
+    label_column: str | None,
+    columns: Columns,
+    device: str,
+    precision: Precision,
+) -> list[Result]:
+    """As `evaluate`, on several sets, and by several numbers of shots."""
+    captioned = task == "retrieval"
+    opened = [
+        open_dataset(each, label_column=label_column, columns=columns, captioned=captioned)
+        for each in datasets
+    ]
+    warn_of_training_pairs(model, opened)
+    return evaluate_all(loaded(model, device, precision), opened, (task,), options)
 
 
 def compare(

@@ -41,7 +41,7 @@ def file(help: str, *names: str, metavar: str = "FILE") -> Any:
 
 
 def existing(param: typer.CallbackParam, given: Any) -> Any:
-    """Refuse a source whose path does not exist, before torch is imported; names, URLs and patterns pass."""
+    """Refuse a source whose path does not exist; names, URLs and patterns pass."""
     from declip.recipe.checks import check_source
 
     for source in (given,) if isinstance(given, str) else given or ():
@@ -57,11 +57,10 @@ def source(help: str, *names: str, metavar: str = "SET") -> Any:
 
 
 def known(model: str | None) -> str | None:
-    """Refuse a model whose path does not exist, before torch is imported."""
+    """Refuse a model whose path does not exist."""
     if model is not None:
         if model.lower().endswith(TABLES):
             raise UserError(f"'{model}' is a table, not a model. Write the model before the table.")
-
         check_model(model)
     return model
 

@@ -33,20 +33,12 @@ index = typer.Typer(
 )
 
 
-def indexed(folder: Path) -> Path:
-    """Refuse a folder that is not an index, before torch is imported."""
-    from declip.search.info import IndexInfo
-
-    IndexInfo.read(folder)
-    return folder
-
-
 INDEX: dict[str, Any] = {
     "metavar": "INDEX",
     "parser": expand,
     "help": "a folder written by `declip embed`",
 }
-Folder = Annotated[Path, Argument(callback=indexed, **INDEX)]
+Folder = Annotated[Path, Argument(**INDEX)]
 
 
 @reads_images
@@ -76,7 +68,7 @@ def embed(
 
 
 def search(
-    folder: Annotated[Path, Argument(**INDEX)],
+    folder: Folder,
     text: Annotated[str | None, Argument(help="text to search for")] = None,
     image: Annotated[Path | None, file("image to search for, alone or with the text")] = None,
     weights: Annotated[str, Option(help="weights of text and image, if both are given")] = "1,1",
@@ -117,10 +109,11 @@ def search(
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Search an index by a text, an image, or both."""
-    # --- checks that need no torch, whose import takes seconds
-    from declip.search.checks import parse_where, read_query
-    from declip.search.info import IndexInfo, is_index
+    from declip.search.checks import parse_where
+    from declip.search.index import Index
+    from declip.search.info import is_index
 
+    # --- checks
     table = None if out is None else csv_path(out)
     check_outputs((table, png_path(sheet_out, "--contact-sheet"), json_out), overwrite)
     wanted = parse_where(where or [])
@@ -129,22 +122,15 @@ def search(
             f"'{text}' is an index and '{folder}' is not: the arguments look swapped. Give the index first: "
             f"{shlex.join(['declip', 'search', text, str(folder)])}."
         )
-    info = IndexInfo.read(folder)
-    if model is None:
-        info.model.locate(folder)
     both = _two_numbers(weights)
-    words, picture = read_query(text, image, both)
-    if why and not words:
+    if why and not text:
         raise UserError("--why explains what an image shares with a text. Give a text.")
-
     # --- search
-    from declip.search.index import Index
-
     opened = Index.open(folder, model=model, source=source, device=device, precision=precision)
     shown: dict[str, Any] = {"where": wanted, "group": group, "copies": copies}
-    hits = opened.search(words, picture, weights=both, template=template, k=k, over=over, **shown)
-    if why and words:
-        hits = opened.explain(words, hits)
+    hits = opened.search(text, image, weights=both, template=template, k=k, over=over, **shown)
+    if why and text:
+        hits = opened.explain(text, hits)
     _print_hits(hits, group)
     # --- files
     if table is not None:
@@ -162,12 +148,12 @@ def search(
         )
         say(f"Written: {write_output(json_out, result, '--json', overwrite)}")
     if sheet_out is not None:
+        from declip.data.images.decode import read_picture
         from declip.reports.sheets import search_sheet
 
         title = text or f"like {image.name if image else ''}"
-        write_image(
-            sheet_out, search_sheet(opened, hits, title, picture), "--contact-sheet", overwrite
-        )
+        sheet = search_sheet(opened, hits, title, image and read_picture(image))
+        write_image(sheet_out, sheet, "--contact-sheet", overwrite)
 
 
 def _print_hits(hits: "list[Hit]", group: str | None) -> None:
@@ -307,7 +293,7 @@ def choose(
     reading: dict[str, Any],
 ) -> None:
     """Choose the images that you should caption next, by their features; the most useful come first."""
-    check_outputs((csv_path(out), png_path(sheet_out, "--contact-sheet")), overwrite)
+    check_outputs((png_path(sheet_out, "--contact-sheet"),), overwrite)
     from declip.search.choose import choose as run_choice
 
     choosing: dict[str, Any] = {
@@ -368,9 +354,11 @@ def classify(
     reading: dict[str, Any],
 ) -> None:
     """Classify images into classes by their names, by examples, or both. Without --out, print a line per image."""
-    from declip.search.checks import check_classes
-
-    check_classes(classes, examples, head, out, save, overwrite)  # before torch is imported
+    if save is not None and examples is None:
+        raise UserError(
+            "--save requires --examples: it saves the classifier that is fitted to them."
+        )
+    check_outputs((save,), overwrite)
     if group_column is not None and examples is None:
         raise UserError(
             f"--group-column {group_column} is a column of the examples. Give --examples TABLE."

@@ -35,18 +35,16 @@ def train(
     dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time")] = False,
 ) -> None:
     """Train a model as a recipe describes, evaluate it, and write a report."""
-    from declip.recipe.checks import load_for_training
+    from declip import api
     from declip.recipe.load import parse_overrides
 
     given, sets = parse_overrides(overrides or []), val or ()
-    checked = load_for_training(recipe, given, data, sets, resume)  # before torch is imported
     if dry_run:
+        from declip.recipe.checks import load_for_training
         from declip.training.estimate import estimate
 
-        say(estimate(checked))
+        say(estimate(load_for_training(recipe, given, data, sets)))
         return
-    from declip import api
-
     run = api.train(recipe, given, out, resume, progress=progress, data=data, val=sets)
     leave_unless_finished(run)
     _print_results(run)
@@ -119,15 +117,12 @@ def finetune(
     progress: opt.Progress = True,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model."""
-    from declip.finetuning.request import Request
+    from declip.finetuning.run import finetune as run_finetuning
     from declip.recipe.load import parse_overrides
 
-    request = Request.of(
-        pairs, weights, parse_overrides(overrides or []), val or (), keep or (), freeze
-    )
-    from declip.finetuning.run import run_request
-
-    run = run_request(request, out, resume, progress)
+    given = parse_overrides(overrides or [])
+    sets: dict[str, Any] = {"val": val or (), "keep": keep or ()}
+    run = run_finetuning(pairs, weights, given, out, resume, progress, freeze=freeze, **sets)
     leave_unless_finished(run)
     _print_finetuned(run)
 
@@ -195,47 +190,44 @@ def evaluate(
     reading: dict[str, Any],
 ) -> None:
     """Evaluate a model on held-out images."""
+    check_outputs((json_out,), overwrite)
+    from declip.api import evaluate_sets
+    from declip.evaluation.protocols import PREFIX, Options
     from declip.recipe.checks import check_tasks
+    from declip.reports.page import rich_table
+    from declip.reports.tables import results_table
 
     check_tasks((task,), shots, templates)
-    check_outputs((json_out,), overwrite)
-    from declip.evaluation.datasets import open_dataset
-    from declip.evaluation.protocols import PREFIX, Options
-    from declip.interchange.read import load
-    from declip.training.pairs import warn_of_training_pairs
-
+    how: dict[str, Any] = {"device": reading.pop("device"), "precision": precision}
+    columns = reading.pop("columns")
+    options = Options(templates, shots or 4, **reading)
     suite = next((name for name in datasets if name.startswith(PREFIX)), None)
-    if suite is not None and (len(datasets) > 1 or label_column is not None):
+    if suite is None:
+        how |= {"label_column": label_column, "columns": columns}
+        results = evaluate_sets(model, datasets, task, options, **how)
+        rows = [result.to_dict() for result in results]
+        written = rows if len(rows) > 1 else rows[0]
+        console.print(rich_table(results_table(results)))
+    elif len(datasets) > 1 or label_column is not None:
         raise UserError(
             f"The suite '{suite}' is evaluated alone. Give one --dataset, and no --label-column."
         )
-    device = reading.pop("device")
-    table = {"label_column": label_column, "columns": reading.pop("columns")}
-    options = Options(templates=templates, shots=shots or [4], **reading)
-    opened = (
-        []
-        if suite is not None
-        else [open_dataset(name, captioned=task == "retrieval", **table) for name in datasets]
-    )
-    warn_of_training_pairs(model, opened)
-    rows = _evaluate(load(model, device, precision), opened, task, options, suite)
+    else:
+        written = _evaluate_suite(model, suite, task, options, how)
     if json_out is not None:
-        write_output(json_out, result_json(rows), "--json", overwrite)
+        write_output(json_out, result_json(written), "--json", overwrite)
 
 
-def _evaluate(model: Any, opened: list[Any], task: str, options: Any, suite: str | None) -> Any:
-    """Evaluate on all sets, or on those of a suite, and print a table; return one row or several."""
-    from declip.evaluation.protocols import SETS, evaluate_all, evaluate_suite
+def _evaluate_suite(
+    model: str, suite: str, task: str, options: Any, how: dict[str, Any]
+) -> dict[str, Any]:
+    from declip.evaluation.protocols import SETS, evaluate_suite
+    from declip.interchange.read import load
     from declip.io.text import percent
     from declip.reports.page import rich_table
     from declip.reports.tables import results_table
 
-    if suite is None:
-        results = evaluate_all(model, opened, (task,), options)
-        console.print(rich_table(results_table(results)))
-        rows = [each.to_dict() for each in results]
-        return rows if len(rows) > 1 else rows[0]
-    results, summary = evaluate_suite(model, suite, task, options)
+    results, summary = evaluate_suite(load(model, **how), suite, task, options)
     console.print(rich_table(results_table(results)))
     say(
         f"Average of {len(summary['values'])} of {len(SETS)} sets by their usual metrics: {percent(summary['average'])}"
@@ -286,28 +278,28 @@ def compare(
 
     Run the command again to continue an interrupted comparison, and in several shells to share the work.
     """
-    from declip.comparison.study import Study
-    from declip.io.plugins import check_terms_file
+    from declip import api
     from declip.recipe.checks import read_counts
     from declip.recipe.load import parse_overrides
-
-    counts, recipes = read_counts(pairs), [word for word in words if "=" not in word]
-    given: dict[str, Any] = {"overrides": parse_overrides([word for word in words if "=" in word])}
-    given |= {
-        "datasets": datasets or (),
-        "tasks": tasks or ("zero-shot",),
-        "shots": shots,
-        "budget": budget,
-    }
-    Study.of(recipes, counts, seeds, **given)  # checks the arguments before torch is imported
-    if terms is not None:
-        check_terms_file(terms)
-    from declip import api
     from declip.reports.comparison import summary
 
-    given |= {"tune": tune, "tune_on": tune_on, "terms": terms}
+    counts, recipes = read_counts(pairs), [word for word in words if "=" not in word]
     folder = out or api.COMPARISON
-    outcome = api.compare(recipes, counts, seeds, out=folder, progress=progress, **given)
+    outcome = api.compare(
+        recipes,
+        counts,
+        seeds,
+        out=folder,
+        overrides=parse_overrides([word for word in words if "=" in word]),
+        datasets=datasets or (),
+        tasks=tasks or ("zero-shot",),
+        shots=shots,
+        budget=budget,
+        tune=tune,
+        tune_on=tune_on,
+        terms=terms,
+        progress=progress,
+    )
     console.print(summary(outcome))
     if not outcome.complete:
         raise typer.Exit(2 if outcome.failures else 130)

@@ -1,4 +1,4 @@
-"""A fine-tuning as it was asked for, checked once and without torch, whose import takes seconds."""
+"""A fine-tuning as it was asked for, checked once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -41,7 +41,8 @@ def load_plugin(kind: Kind, name: str) -> Any:
 
 def read_terms(path: Path) -> dict[str, Any]:
     """Run a Python file of losses, and return its TERMS, the classes by name."""
-    check_terms_file(path)
+    if not path.is_file():
+        raise UserError(f"'{path}' does not exist (--terms). Give a Python file with TERMS.")
     try:
         found = runpy.run_path(str(path), run_name=path.stem).get("TERMS")
     except Exception as error:  # code of others
@@ -52,12 +53,6 @@ def read_terms(path: Path) -> dict[str, Any]:
             f"'{path}' has no losses. End it with TERMS = {{'NAME': YourTerm}} (--terms)."
         )
     return dict(found)
-
-
-def check_terms_file(path: Path) -> None:
-    """Refuse a file of losses that does not exist."""
-    if not path.is_file():
-        raise UserError(f"'{path}' does not exist (--terms). Give a Python file with TERMS.")
 
 
 def check_sets_installed(source: str) -> None:

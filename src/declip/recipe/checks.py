@@ -1,4 +1,4 @@
-"""Checks of the arguments of commands and of Python functions without torch, whose import takes seconds."""
+"""Checks of the arguments of commands and of Python functions."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -51,7 +51,7 @@ def load_for_training(
 
 
 def check_source(source: str, option: str) -> None:
-    """Refuse a source whose path or plugin is missing, before torch is imported; names, URLs and patterns pass."""
+    """Refuse a source whose path or plugin is missing; names, URLs and patterns pass."""
     if source in STARTS:
         raise UserError(
             f"'{source}' is a model, not a source ({option}). Write the model before the source."

@@ -1,4 +1,4 @@
-"""Names of pretrained weights, which are checked without importing torch."""
+"""Names of pretrained weights."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def no_model(given: str) -> UserError:
 
 
 def check_model(model: str) -> None:
-    """Refuse a path that does not exist, before torch is imported; names are looked up when they are opened."""
+    """Refuse a path that does not exist; names are looked up when they are opened."""
     if (
         model not in STARTS
         and not model.startswith(NAMED)

@@ -1,4 +1,4 @@
-"""Checks of what a user gives to classify and search, without importing torch."""
+"""Checks of what a user gives to classify and search."""
 
 import math
 import os
@@ -42,14 +42,9 @@ def check_classes(
     examples: object,
     head: object,
     out: str | Path | None,
-    save: Path | None = None,
     overwrite: bool = False,
 ) -> list[str] | None:
     """Read the names of classes, if any; refuse options that cannot be combined, and outputs that cannot be written."""
-    if save is not None and examples is None:
-        raise UserError(
-            "--save requires --examples: it saves the classifier that is fitted to them."
-        )
     if head is not None and (classes is not None or examples is not None):
         raise UserError("A head (--head) has its own classes. Leave out --classes and --examples.")
     if head is None and classes is None and examples is None:
@@ -61,7 +56,7 @@ def check_classes(
             f"There is no head '{head}'. Make one: declip classify MODEL IMAGES --examples … --save {head}."
         )
     names = None if classes is None else read_classes(classes)
-    check_outputs((save, None if out is None else csv_path(out)), overwrite)
+    check_outputs((None if out is None else csv_path(out),), overwrite)
     return names
 
 
