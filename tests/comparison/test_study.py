@@ -207,7 +207,7 @@ def test_intervals_of_a_curve_are_student_t_and_sizes_rise():
 
 
 def test_tuning_takes_the_most_pairs_and_one_seed_and_warns_at_either_edge(monkeypatch, caplog):
-    best = {"clip": "0.001", "declip": "0.002", "slip": "0.004"}
+    best = {"clip": 0.001, "declip": 0.002, "slip": 0.004}
     asked = []
 
     def run(plan, out, progress):

@@ -1,4 +1,5 @@
 from importlib import resources
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from declip.recipe.finetuning import read_overrides
 from declip.recipe.load import (
     flat,
     load_recipe,
+    parse_overrides,
     read_value,
     recipe_keys,
     recipe_names,
@@ -114,7 +116,7 @@ def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_pat
     [
         ({"data.source": "pairs.jsonl"}, {}),
         (
-            {"data.source": "pairs.jsonl", "evaluation.retrieval": "[h.csv]"},
+            {"data.source": "pairs.jsonl", "evaluation.retrieval": ["h.csv"]},
             {"retrieval": ("h.csv",)},
         ),
         ({"data.source": "builtin:emoji", "seed": 3}, None),
@@ -146,16 +148,16 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
         ({"data": "pairs.csv"}, ("data='pairs.csv'", "recipes show")),
         ({"data.columns.captoin": "x"}, ("'captoin'", "'caption'", "caption, group, image")),
         ({"text.heads": "5"}, ("text.width 384", "text.heads 5")),
-        ({"train.epochs": ".inf"}, ("train.epochs=inf", "finite")),
+        ({"train.epochs": inf}, ("train.epochs=inf", "finite")),
         ({"train.report_to": "wand"}, r"Did you mean 'wandb'\?.*\w\.$"),
-        ({"train.steps": "yes"}, ("steps is true", "number")),
+        ({"train.steps": True}, ("steps is true", "number")),
         (
-            {"image.mean": "[123.7, 116.3, 103.5]"},
+            {"image.mean": [123.7, 116.3, 103.5]},
             ("image.mean.0=123.7", "less than or equal to 1"),
         ),
         ({"logit_scale.init": "20"}, ("logit_scale.init 20.0", "logarithms")),
         (
-            {"views.image_second": "no", "views.contrastive_view": "{}"},
+            {"views.image_second": False, "views.contrastive_view": {}},
             ("views.contrastive_view", "=false"),
         ),
     ],
@@ -217,10 +219,9 @@ def test_numbers_are_read_as_python_writes_them_and_text_stays_text():
     for text, value in values.items():
         found = read_value("train.lr", text)
         assert (found, type(found)) == (value, type(value))
-    recipe = load_recipe(
-        "clip", {"name": "'5e-4'", "data.columns.caption": "'010'", "train.lr": "5e-4"}
-    )
-    texts = {"name": "'a: 📷'", "data.columns.caption": "'010'", "data.columns.group": "'[x'"}
+    words = ("name='5e-4'", "data.columns.caption='010'", "train.lr=5e-4")
+    recipe = load_recipe("clip", parse_overrides(words))
+    texts = {"name": "a: 📷", "data.columns.caption": "010", "data.columns.group": "[x"}
     tuned = load_recipe("finetune", read_overrides(texts))
     assert (tuned.name, tuned.data.columns) == (
         "a: 📷",

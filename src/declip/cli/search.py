@@ -152,7 +152,8 @@ def search(
         from declip.reports.sheets import search_sheet
 
         title = text or f"like {image.name if image else ''}"
-        sheet = search_sheet(opened, hits, title, image and read_picture(image))
+        picture = None if image is None else read_picture(image)
+        sheet = search_sheet(opened, hits, title, picture)
         write_image(sheet_out, sheet, "--contact-sheet", overwrite)
 
 

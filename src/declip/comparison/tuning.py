@@ -8,6 +8,7 @@ from pathlib import Path
 from declip.comparison import runner
 from declip.comparison.study import Study, Variant
 from declip.errors import UserError
+from declip.recipe.load import read_value
 from declip.runs.folder import log
 
 
@@ -46,7 +47,7 @@ def tuned(study: Study, grid: Grid, out: str | Path, progress: bool = True) -> S
         )
     tried = {}
     for variant, value in product(study.variants, grid.values):
-        overrides = {**variant.overrides, grid.key: value}
+        overrides = {**variant.overrides, grid.key: read_value(grid.key, value)}
         tried[variant.name, value] = replace(
             Variant.of(variant.recipe, overrides), name=f"{variant.name}-{value}"
         )
@@ -71,7 +72,8 @@ def tuned(study: Study, grid: Grid, out: str | Path, progress: bool = True) -> S
         scores = [float(curves[tried[variant.name, value].name].means[0]) for value in grid.values]
         best = grid.values[scores.index(max(scores))]
         _report(variant.name, grid, best, scores)
-        chosen.append(Variant.of(variant.recipe, {**variant.overrides, grid.key: best}))
+        overrides = {**variant.overrides, grid.key: read_value(grid.key, best)}
+        chosen.append(Variant.of(variant.recipe, overrides))
     return replace(study, variants=tuple(chosen))
 
 

@@ -31,7 +31,7 @@ from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.checks import load_for_training
 from declip.recipe.finetuning import FREEZE, StartKind, fits_closed_form, settings
-from declip.recipe.load import Verbatim, load_recipe
+from declip.recipe.load import load_recipe
 from declip.recipe.resolve import Facts, resolve
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS
@@ -149,7 +149,7 @@ class Start:
         keys = settings(pairs, self._kind, on_cpu, freeze, given, validated)
         if starter.matches(self.name) and on_cpu:
             keys.setdefault("image.size", STARTS[self.name])
-        return {"finetune.pretrained": Verbatim(self.name), **keys}
+        return {"finetune.pretrained": self.name, **keys}
 
     @property
     def _kind(self) -> StartKind:

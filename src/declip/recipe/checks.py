@@ -8,7 +8,7 @@ from typing import Any
 
 from declip.errors import UserError
 from declip.io.plugins import check_sets_installed
-from declip.recipe.load import Verbatim, load_recipe
+from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS, check_model
 
@@ -33,7 +33,7 @@ def load_for_training(
         return recipe
     given = dict(overrides or {})
     if data is not None:
-        given["data.source"] = Verbatim(data)
+        given["data.source"] = str(data)
     if val:
         given["evaluation.val"] = list(dict.fromkeys(map(str, val)))
         given |= {"evaluation.zero_shot": (), "evaluation.retrieval": ()}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from declip.errors import UserError, unknown
-from declip.recipe.load import Verbatim, flat, load_recipe, read_value
+from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
 
 FREEZE = {"both": ("all", "all"), "image": ("all", 0), "text": (0, "all"), "none": (0, 0)}
@@ -35,12 +35,11 @@ def fits_closed_form(recipe: Recipe) -> bool:
 def read_overrides(
     overrides: Mapping[str, Any] | None, freeze: str | None = None
 ) -> dict[str, Any]:
-    """Read and check recipe keys of a fine-tuning, without torch: dotted keys and values of the schema's types."""
+    """Check recipe keys of a fine-tuning: dotted keys and values of the schema's types."""
     if freeze is not None and freeze not in FREEZE:
         raise unknown("value of --freeze", freeze, FREEZE)
     given = dict[str, Any]()
     for key, value in (overrides or {}).items():
-        value = read_value(key, value) if isinstance(value, str) else value
         is_section = key in ("train", "finetune") and isinstance(value, dict)
         given |= flat({key: value}) if is_section else {key: value}
     for key in ARGUMENTS.keys() & given:
@@ -59,15 +58,9 @@ def read_overrides(
         "finetune.freeze_text_blocks": text,
         "finetune.layer_decay": 1.0,
     }
-    given = {key: _unread(value) for key, value in given.items()}
     checked = flat(load_recipe("finetune", {**others, **given}).model_dump())
     # Sections, and parts of values that are null, stay as they were given.
-    return {key: _unread(checked.get(key, value)) for key, value in given.items()}
-
-
-def _unread(value: Any) -> Any:
-    """A value that `load_recipe` takes as it is."""
-    return Verbatim(value) if isinstance(value, str) else value
+    return {key: checked.get(key, value) for key, value in given.items()}
 
 
 def settings(

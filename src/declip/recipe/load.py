@@ -23,10 +23,6 @@ def recipe_names() -> list[str]:
     return sorted({path.stem for path in LIBRARY.glob("[!_]*.yaml")} | {*plugins("recipes")})
 
 
-class Verbatim(str):
-    """A value of an override that is this text, and is not read as YAML."""
-
-
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe, the recipes that it extends, and overrides.
 
@@ -35,7 +31,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
     Args:
         name: Name of a shipped recipe, or the path of a YAML file.
-        overrides: Dotted keys and values; a value of type str is read as YAML, unless it is `Verbatim`.
+        overrides: Dotted keys and values; `parse_overrides` reads those of a command line.
 
     Examples:
         >>> declip.load_recipe("demo-declip", {"train.steps": 500}).train.steps
@@ -43,13 +39,10 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     given: set[str] = set()
     # --- the file and its ancestors, then the overrides
-    base, over = _read_tree(name, (), given), dict[str, Any]()
-    tree = dict(base)
+    base = _read_tree(name, (), given)
+    tree, over = dict(base), dict[str, Any]()
     for key, value in (overrides or {}).items():
-        if isinstance(value, Path | Verbatim):
-            value = str(value)
-        elif isinstance(value, str):
-            value = read_value(key, value)
+        value = str(value) if isinstance(value, Path) else value
         _set(tree, key, value)
         _set(over, key, value)
         given.update(flat({key: value}))
@@ -63,21 +56,21 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise UserError(f"The recipe '{name}' is not valid. {problems}") from error
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, str]:
-    """Split ``key=value`` words of the command line; raises `UserError` where one has no ``=``."""
-    pairs = {}
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Read ``key=value`` words of the command line, whose values are YAML; raises `UserError` if they cannot be."""
+    values = {}
     for word in words:
         key, sign, value = word.partition("=")
         if not sign or not key:
             raise UserError(
                 f"Cannot read the override '{word}'. Write key=value last, such as train.steps=500."
             )
-        pairs[key.strip()] = value
-    return pairs
+        values[key.strip()] = read_value(key.strip(), value)
+    return values
 
 
 def read_value(key: str, value: str) -> Any:
-    """Read the value of an override, which is YAML; raises `UserError` where it is none."""
+    """Read the value of a key on the command line; raises `UserError` if it is not valid YAML."""
     if key == "data.columns.caption" and "{" in value and value.lstrip()[0] not in "[\"'":
         return value  # a template, which YAML may read as a mapping or a comment
     try:

@@ -12,7 +12,7 @@ from declip.data.columns import Columns
 from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import list_of, read_pair_list, write_pair_list
-from declip.recipe.load import load_recipe
+from declip.recipe.load import load_recipe, parse_overrides
 
 NAMES = ("image", "caption", "Größe", "kind")
 ROWS = [
@@ -95,7 +95,8 @@ def test_labels_may_be_numbers_lists_or_numbers_of_classes(folder):
 )  # fmt: skip
 @pytest.mark.parametrize("recipe", ["clip", "finetune"])
 def test_recipes_take_columns_and_templates_as_text(recipe, text, expected):
-    assert Columns.of(load_recipe(recipe, {"data.columns.caption": text}).data).caption == expected
+    given = parse_overrides([f"data.columns.caption={text}"])
+    assert Columns.of(load_recipe(recipe, given).data).caption == expected
 
 
 @pytest.mark.parametrize("key", ["caption", "group"])

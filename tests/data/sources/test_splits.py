@@ -171,6 +171,6 @@ def test_a_milder_contrastive_view_is_one_more(table):
     assert list(views(None)) == ["first", "second"]
 
 
-@pytest.mark.parametrize("source", ["[{'source': 'a', 'weight': 2}]", "[]"])
+@pytest.mark.parametrize("source", [[{"source": "a", "weight": 2}], []])
 def test_a_source_that_is_none_is_explained(source):
     refuses([f"data.source is {source}", "list"], load_recipe, "clip", {"data.source": source})
