@@ -136,10 +136,8 @@ def _build_model(
         return DualEncoder.from_recipe(recipe, encoder).to(device)
     except (MemoryError, RuntimeError) as error:
         # A CPU's allocator raises a plain RuntimeError.
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(
-            error
-        )
-        if not short:
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not short and "allocate memory" not in str(error):
             raise
         sizes = f"text.width={recipe.text.width}, text.layers={recipe.text.layers}"
         sizes += f", text.context_length={recipe.text.context_length}, embed_dim={recipe.embed_dim}"
@@ -151,9 +149,8 @@ def _build_model(
 
 def auto_workers(training: int) -> int:
     """Number of loader processes: this rank's share of the machine's processors, minus the `training` threads."""
-    return max(
-        0, min(MOST_LOADERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - training)
-    )
+    own = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(MOST_LOADERS, own - training))
 
 
 def plan_of(recipe: Recipe, terms: Terms = NO_TERMS) -> Plan:

@@ -125,10 +125,7 @@ def added(values: Tensor) -> Tensor:
 @torch.no_grad()
 def average(values: Tensor) -> Tensor:
     """Average over ranks in place, without gradient."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-        values /= world_size()
-    return values
+    return added(values).div_(world_size())
 
 
 @dataclass(frozen=True)
@@ -164,10 +161,9 @@ class StepSync:
 class HostGroup(Share):
     """Coordination between ranks over gloo, so that it never waits for the GPU stream."""
 
-    def __init__(
-        self, timeout: float = RANK_TIMEOUT
-    ) -> None:  # seconds to wait for a rank at a step
-        self.timeout, self.alone = timeout, world_size() == 1
+    def __init__(self, timeout: float = RANK_TIMEOUT) -> None:
+        self.timeout = timeout  # seconds to wait for a rank at a step
+        self.alone = world_size() == 1
         if not self.alone:
             self.step_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             self.long_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
@@ -185,10 +181,9 @@ class HostGroup(Share):
             notes: list[Any] = [None] * world_size()
             if states[:, 3].any():  # a second collective, for broken pairs only
                 dist.all_gather_object(notes, note, group=self.step_group)
-        counts, stops, fails, _ = states.T
-        return StepSync(
-            tuple(counts.tolist()), bool(stops.any()), bool(fails.any()), tuple(filter(None, notes))
-        )
+        rows_of_ranks = tuple(states[:, 0].tolist())
+        any_stop, any_failed = states[:, 1:3].any(dim=0).tolist()
+        return StepSync(rows_of_ranks, any_stop, any_failed, tuple(filter(None, notes)))
 
     def on_rank_zero(self, action: Callable[[], T]) -> T:
         """Run an action on rank 0 while the others wait, and return its result on all.

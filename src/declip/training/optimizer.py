@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from declip.errors import UserError
 from declip.models.device import computes_bf16
 from declip.recipe.schema import Train
-from declip.training.parallel import full_tensor, is_sharded, shard_like
+from declip.training.parallel import full_tensor, shard_like
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -95,24 +96,21 @@ class Muon(torch.optim.AdamW):
         torch._foreach_add_(momenta, gradients)
         updates = torch._foreach_add(gradients, momenta, alpha=MOMENTUM)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for parameter, update in zip(parameters, updates, strict=True):
             matrix = full_tensor(update).flatten(1)
-            by_shape[matrix.shape[0], matrix.shape[1]].append((parameter, matrix))
+            by_shape[matrix.shape].append((parameter, matrix))
         for shape, pairs in by_shape.items():
             stacked = torch.stack([matrix for _, matrix in pairs])
-            half = (
-                stacked.dtype == torch.float32
-                and min(shape) >= LARGE
-                and computes_bf16(stacked.device)
-            )
-            steps = orthogonalize(stacked.bfloat16() if half else stacked)
+            large = stacked.dtype == torch.float32 and min(shape) >= LARGE
+            half = large and computes_bf16(stacked.device)
+            steps = orthogonalize(stacked.bfloat16() if half else stacked).to(stacked.dtype)
             rate = -RMS * max(shape) ** 0.5 * group["lr"]
-            for (parameter, _), step in zip(pairs, steps.to(stacked.dtype), strict=True):
+            for (parameter, _), step in zip(pairs, steps, strict=True):
                 step = step.reshape(parameter.shape)
-                parameter.add_(
-                    shard_like(parameter, step) if is_sharded(parameter) else step, alpha=rate
-                )
+                if isinstance(parameter, DTensor):
+                    step = shard_like(parameter, step)
+                parameter.add_(step, alpha=rate)
 
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -127,19 +125,15 @@ class LrMultiplier(NamedTuple):
 
 
 UNDECAYED = (
-    *(
-        "positional_embedding",
-        "position_embedding.weight",
-        "position_embeddings.weight",
-        "pos_embed",
-    ),
-    *(
-        "cls_token",
-        "class_embedding",
-        "reg_token",
-        "relative_position_bias_table",
-        "attention_biases",
-    ),
+    "positional_embedding",
+    "position_embedding.weight",
+    "position_embeddings.weight",
+    "pos_embed",
+    "cls_token",
+    "class_embedding",
+    "reg_token",
+    "relative_position_bias_table",
+    "attention_biases",
 )
 
 
@@ -165,26 +159,26 @@ def build_optimizer(
     make: OptimizerFactory | None = None,
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimizer, or `make`'s, with groups by weight decay, learning rate and sharding."""
+    multipliers, usual = multipliers or {}, LrMultiplier()
     groups: dict[tuple[bool, bool, bool, LrMultiplier], dict[str, nn.Parameter]]
-    groups = {(decayed, False, False, LrMultiplier()): {} for decayed in (True, False)}
+    groups = {(True, False, False, usual): {}, (False, False, False, usual): {}}
     for name, parameter in named:
-        multiplier = (multipliers or {}).get(name, LrMultiplier())
-        muon = train.optimizer == "muon" and use_muon(
-            name.removeprefix("objective."), parameter, over_vocabulary
-        )
-        group = decays(name, parameter), muon, is_sharded(parameter), multiplier
+        own = name.removeprefix("objective.")
+        muon = train.optimizer == "muon" and use_muon(own, parameter, over_vocabulary)
+        sharded = isinstance(parameter, DTensor)
+        group = decays(name, parameter), muon, sharded, multipliers.get(name, usual)
         groups.setdefault(group, {})[name] = parameter
-    options: list[dict[str, Any]] = [
-        {
-            "params": list(group.values()),
-            "names": list(group),  # by which checkpoints store the moments
-            "weight_decay": train.weight_decay if decayed else 0.0,
-            "multiplier": multiplier,  # see `group_lr`
-            "muon": muon,
-        }
-        for (decayed, muon, _, multiplier), group in groups.items()
-        if group
-    ]
+    options = list[dict[str, Any]]()
+    for (decayed, muon, _, multiplier), members in groups.items():
+        if members:
+            option = {
+                "params": list(members.values()),
+                "names": list(members),  # by which checkpoints store the moments
+                "weight_decay": train.weight_decay if decayed else 0.0,
+                "multiplier": multiplier,  # see `group_lr`
+                "muon": muon,
+            }
+            options.append(option)
     if make is not None:
         return _made(make, options)
     # As in DeCLIP's recipes for 88 million pairs; the fused one cannot be sharded
@@ -230,25 +224,20 @@ def group_lr(
 
     A group that is frozen in the warm-up of the heads has 0 for `head_warmup_steps` steps, and then warms up linearly.
     """
-    warmed = (
-        (step - head_warmup_steps + 1) / max(train.warmup_steps, 1)
-        if multiplier.frozen_in_warmup
-        else 1.0
-    )
-    return lr * multiplier.factor * max(0.0, min(1.0, warmed))
+    rate = lr * multiplier.factor
+    if not multiplier.frozen_in_warmup:
+        return rate
+    warmed = (step - head_warmup_steps + 1) / max(train.warmup_steps, 1)
+    return rate * max(0.0, min(1.0, warmed))
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state by parameter name; learning rates and decay come from the recipe."""
-    states = {
-        name: optimizer.state.get(parameter, {})
-        for name, parameter in _parameters(optimizer).items()
-    }
-    return {
-        f"{name}.{moment}": tensor
-        for name, state in states.items()
-        for moment, tensor in state.items()
-    }
+    tensors = dict[str, Tensor]()
+    for name, parameter in _parameters(optimizer).items():
+        for moment, tensor in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{moment}"] = tensor
+    return tensors
 
 
 def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -266,5 +255,7 @@ def load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 
 def _parameters(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """List the parameters by name in the order of the groups, by which torch counts them."""
-    groups = optimizer.param_groups
-    return {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
+    parameters = dict[str, Tensor]()
+    for group in optimizer.param_groups:
+        parameters |= zip(group["names"], group["params"], strict=True)
+    return parameters

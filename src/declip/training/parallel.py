@@ -10,6 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,9 +39,8 @@ class Learner(nn.Module):
         self.sharded = False
         self.finish_views: Finish = views.apply  # or a faster one
         image = objective.recipe.image
-        self.mean, self.std = (
-            torch.tensor(values, device=model.device) for values in (image.mean, image.std)
-        )
+        self.mean = torch.tensor(image.mean, device=model.device)
+        self.std = torch.tensor(image.std, device=model.device)
 
     def forward(self, batch: PairBatch, gather: Gather | None, offset: int) -> dict[str, Tensor]:
         """Compute the losses by name, and "loss", their weighted sum; see `Objective.forward`."""
@@ -98,18 +99,14 @@ def compile_blocks(model: DualEncoder, backend: str = "inductor") -> int:
     Blocks with a batch norm that is synchronized over processes run as they are. Parameters keep their names. A block
     that cannot be compiled is an error: a slow run in its place would go unnoticed.
     """
-    blocks = [
-        block for tower in (model.image_tower, model.text_tower) for block in blocks_of(tower)
-    ]
-    local = [
-        block
-        for block in blocks
-        if not any(isinstance(part, SharedBatchNorm) for part in block.modules())
-    ]
-    for block in local:
+    count = 0
+    for block in [*blocks_of(model.image_tower), *blocks_of(model.text_tower)]:
+        if any(isinstance(part, SharedBatchNorm) for part in block.modules()):
+            continue
         # Not `block.compile`: it compiles nothing of a block whose activations are recomputed.
         vars(block)["forward"] = torch.compile(block.forward, backend=backend)
-    return len(local)
+        count += 1
+    return count
 
 
 def grad_cache_chunk(train: Train) -> int | None:
@@ -137,17 +134,12 @@ def _check(recipe: Recipe, model: DualEncoder) -> None:
 
 def _shard(model: DualEncoder, objective: Objective) -> None:
     """Shard towers and heads block by block; the scales are replicated."""
-    towers = (model.image_tower, model.text_tower)
-    heads = [
-        head
-        for term in objective.terms.values()
-        for head in term.children()
-        if list(head.parameters())
-    ]
+    image, text = model.image_tower, model.text_tower
+    parts = [*blocks_of(image), *blocks_of(text), image, text]
+    for term in objective.terms.values():
+        parts += [head for head in term.children() if list(head.parameters())]
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    from torch.distributed.fsdp import fully_shard  # takes a second
-
-    for part in (*(block for tower in towers for block in blocks_of(tower)), *towers, *heads):
+    for part in parts:
         fully_shard(part, mesh=mesh)
 
 
@@ -160,15 +152,18 @@ def unwrap(learner: nn.Module) -> Learner:
 
 def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
     """Scale all gradients to a total norm of at most `limit`; return the norm before, a scalar."""
-    groups = [[p for p in parameters if is_sharded(p) is sharded] for sharded in (True, False)]
-    if not groups[0]:
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    if not sharded:
         return nn.utils.clip_grad_norm_(parameters, limit)
-    # Sharded and other parameters are mixed.
-    gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
-    norm = torch.stack(
-        [full_tensor(nn.utils.get_total_norm(some)) for some in gradients if some]
-    ).norm()
-    for group in groups:
+    # torch cannot mix sharded and other parameters
+    others = [p for p in parameters if not isinstance(p, DTensor)]
+    norms = []
+    for group in (sharded, others):
+        gradients = [p.grad for p in group if p.grad is not None]
+        if gradients:
+            norms.append(full_tensor(nn.utils.get_total_norm(gradients)))
+    norm = torch.stack(norms).norm()
+    for group in (sharded, others):
         nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm
 
@@ -178,7 +173,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
     One collective for all: each has a latency, and a tower has hundreds of parameters. It costs a copy of them.
     """
-    gradients = [p.grad for p in parameters if not is_sharded(p) and p.grad is not None]
+    gradients = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
     if distributed.world_size() == 1 or not gradients:
         return
     flat = distributed.average(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -187,15 +182,9 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         gradient.copy_(part.view(gradient.shape))
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, whose import takes a second."""
-    return hasattr(tensor, "device_mesh")
-
-
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor's shards; a collective."""
-    whole: Any = tensor
-    return whole.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -211,12 +200,9 @@ def shard_like(like: object, tensor: Tensor) -> Tensor:
     """Return a full tensor in the sharding and memory layout of another one, which fused kernels require."""
     if not isinstance(like, Tensor) or tensor.shape != like.shape:
         return tensor
-    sharded: Any = like
-    if not is_sharded(like):
-        return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), sharded.device_mesh, sharded.placements)
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def synchronize(module: nn.Module) -> None:
@@ -239,13 +225,12 @@ class SharedBatchNorm(_BatchNorm):
         super().__init__(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
         )
-        for name, value in (
-            *norm.named_parameters(recurse=False),
-            *norm.named_buffers(recurse=False),
-        ):
-            setattr(self, name, value)
+        for name, value in (*norm.named_parameters(), *norm.named_buffers()):
+            if "." not in name:
+                setattr(self, name, value)
         # timm's batch norms end with dropout and activation.
-        self.drop, self.act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
+        self.drop = getattr(norm, "drop", nn.Identity())
+        self.act = getattr(norm, "act", nn.Identity())
         self.train(norm.training)
 
     def forward(self: Any, x: Tensor) -> Tensor:

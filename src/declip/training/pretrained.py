@@ -74,62 +74,76 @@ def apply_pretrained(
     Parameters that the weights lack stay random, are never frozen, and have the recipe's learning rate.
     """
     tune = recipe.finetune
-    taken = load_tensors(start, model) if start is not None else set()
-    with_encoder = recipe.text.hf_model is not None and recipe.text.pretrained
-    encoder = {
-        name
-        for name, _ in model.named_parameters()
-        if name.startswith(f"{TEXT}encoder.") and with_encoder
-    }
-    loaded = taken | encoder
+    # --- what is loaded
+    loaded, heads, kept = set[str](), set[str](), dict[str, Tensor]()
+    if start is not None:
+        loaded = load_tensors(start, model)
+        heads = _load_heads(start, objective) if loaded else heads
+        kept = _kept_tensors(start, model, loaded, objective, heads)
+    if recipe.text.hf_model is not None and recipe.text.pretrained:
+        names = (name for name, _ in model.named_parameters())
+        loaded |= {name for name in names if name.startswith(f"{TEXT}encoder.")}
     if not loaded:
         return None
-    heads = _load_heads(start, objective) if start is not None else set()
-    state, of_heads = model.state_dict(), objective.state_dict()
-    kept: dict[str, Tensor] = {}
-    # Published weights are read again by their name, unless position embeddings were resampled.
-    resampled = start is not None and any(
-        t.shape != state[name].shape for name, t in start.tensors.items()
-    )
-    if start is not None and (resampled or not is_published(start.origin)):
-        kept = prefixed("model", {name: state[name].clone() for name in taken})
-        kept |= prefixed("objective", {name: of_heads[name].clone() for name in heads})
-    layers = depths(model)
+    # --- what is new
     new = [name for name, _ in model.named_parameters() if name not in loaded]
-    new += [
-        name.removeprefix("terms.") for name, _ in objective.named_parameters() if name not in heads
-    ]
-    new_parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
+    whole = start is not None and start.has_text
+    whole = whole and not any(name.startswith((IMAGE, TEXT)) for name in new)
+    of_heads = [name for name, _ in objective.named_parameters() if name not in heads]
+    new += [name.removeprefix("terms.") for name in of_heads]
+    parts = dict.fromkeys(".".join(name.split(".", 2)[:2]) for name in new)
+    origin = recipe.text.hf_model if start is None else start.origin
     summary = (
-        f"Weights of '{start.origin if start is not None else recipe.text.hf_model}': {len(loaded)} tensors of the "
-        f"towers and {len(heads)} of heads loaded; new: {', '.join(new_parts) or 'nothing'}."
+        f"Weights of '{origin}': {len(loaded)} tensors of the towers and {len(heads)} of heads "
+        f"loaded; new: {', '.join(parts) or 'nothing'}."
     )
+    # --- what is trained, and at which rates
+    layers = depths(model)
     _freeze(model, tune, layers, loaded)
-    names = [name for name, _ in model.named_parameters() if name in loaded]
+    trained = [name for name, _ in model.named_parameters() if name in loaded]
     if tune.lora is not None:
-        names += _add_adapters(model, tune, tune.lora, loaded)
-    if frozen := recipe.head_warmup > 0 and bool(new):
+        trained += _add_adapters(model, tune, tune.lora, loaded)
+    frozen = recipe.head_warmup > 0 and bool(new)
+    if frozen:
         summary += (
             f" Steps 1 to {recipe.head_warmup} (finetune.head_warmup_steps) train only what is new."
         )
-    multipliers = {f"model.{name}": _multiplier(name, tune, layers, frozen) for name in names}
-    whole = (
-        start is not None
-        and start.has_text
-        and not any(name.startswith((IMAGE, TEXT)) for name in new)
-    )
+    multipliers = {f"model.{name}": _multiplier(name, tune, layers, frozen) for name in trained}
     return Pretrained(kept, multipliers, whole, summary)
+
+
+def _kept_tensors(
+    start: Weights, model: DualEncoder, loaded: set[str], objective: Objective, heads: set[str]
+) -> dict[str, Tensor]:
+    """The tensors that a run keeps; published ones are read again by their name, unless they were resampled."""
+    state, of_heads = model.state_dict(), objective.state_dict()
+    resampled = any(tensor.shape != state[name].shape for name, tensor in start.tensors.items())
+    if not resampled and is_published(start.origin):
+        return {}
+    kept = prefixed("model", {name: state[name].clone() for name in loaded})
+    return kept | prefixed("objective", {name: of_heads[name].clone() for name in heads})
 
 
 def _load_heads(start: Weights, objective: Objective) -> set[str]:
     """Load the heads whose tensors all fit, and return their names."""
-    own = {name: t for name, t in objective.state_dict().items() if isinstance(t, Tensor)}
+    own = objective.state_dict()
     given = without_run_state(start.heads, objective.classes)
-    fits = {name for name in own if name in given and given[name].shape == own[name].shape}
-    partly = {tuple(name.split(".")[:3]) for name in own.keys() - fits}  # terms, simsiam, projector
-    heads = {name: given[name] for name in fits if tuple(name.split(".")[:3]) not in partly}
-    objective.load_state_dict({**objective.state_dict(), **heads})
-    return set(heads)
+    fits, partly = set[str](), set[str]()
+    for name, tensor in own.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if name in given and given[name].shape == tensor.shape:
+            fits.add(name)
+        else:
+            partly.add(_head_of(name))
+    heads = {name for name in fits if _head_of(name) not in partly}
+    objective.load_state_dict({**own, **{name: given[name] for name in heads}})
+    return heads
+
+
+def _head_of(name: str) -> str:
+    """The first three parts of a tensor's name: terms.LOSS.HEAD."""
+    return ".".join(name.split(".", 3)[:3])
 
 
 def _freeze(
@@ -144,10 +158,9 @@ def _freeze(
             raise UserError(
                 f"finetune.{key}={asked}: the weights hold {most} blocks of the {tower[:-1]}. {allowed}."
             )
-        freeze(
-            model,
-            [name for name in names if asked == "all" or layers[name] <= asked] if asked else [],
-        )
+        if asked != "all":
+            names = [name for name in names if layers[name] <= asked]
+        freeze(model, names if asked else [])
     if tune.lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps:
         # Statistics of a few small batches would replace those of millions of images, to which the weights belong.
         norms = {

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import declip
 from declip.data.loader import Augment, PairLoader
@@ -52,19 +52,16 @@ class BestEvaluation:
         Its score is the mean R@1 of both directions on the recipe's retrieval sets or, without one, the mean top-1. The
         loss decides where it is equal: on few pairs it is lowest long before retrieval is best.
         """
-        retrieved = [
-            r
-            for r in results
-            if isinstance(r, RetrievalResult) and r.dataset in evaluation.retrieval
-        ]
-        classified = [
-            r
-            for r in results
-            if isinstance(r, ZeroShotResult) and r.dataset in evaluation.zero_shot
-        ]
-        score = fmean(r.headline.value for r in retrieved or classified)
-        loss = fmean([r.loss or 0.0 for r in retrieved] or [0.0])
-        if better := (score, -loss) > (self.score, -self.loss):
+        retrieved, classified = list[RetrievalResult](), list[ZeroShotResult]()
+        for result in results:
+            if isinstance(result, RetrievalResult) and result.dataset in evaluation.retrieval:
+                retrieved.append(result)
+            if isinstance(result, ZeroShotResult) and result.dataset in evaluation.zero_shot:
+                classified.append(result)
+        score = fmean(result.headline.value for result in retrieved or classified)
+        loss = fmean([result.loss or 0.0 for result in retrieved] or [0.0])
+        better = (score, -loss) > (self.score, -self.loss)
+        if better:
             self.step, self.score, self.loss, self.stale = step, score, loss, 0
         else:
             self.stale += 1
@@ -148,16 +145,19 @@ def collect(state: RunState) -> Checkpoint | None:
     if not (rank_zero or state.sharded):
         return None
     tensors = unwrap(state.learner).state_dict()  # "model.…" and "objective.…"
-    training = {
-        name: full_tensor(t)
-        for name, t in (tensors | prefixed("optimizer", moments(state.optimizer))).items()
-    }
-    weights = {name: training.pop(name) for name in list(training) if name.startswith("model.")}
+    tensors |= prefixed("optimizer", moments(state.optimizer))
+    weights, training = dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        part = weights if name.startswith("model.") else training
+        part[name] = full_tensor(tensor)  # a collective
+    if not rank_zero:
+        return None
     for rank, states in enumerate(generators):  # "random.0.cpu" and so on
         training |= prefixed(f"random.{rank}", states)
     for rank, tensors in enumerate(others):  # rank 0's are among the objective's
         training |= prefixed(f"process.{rank}", tensors)
-    skipped = {**progress.skipped.to_dict(), "seen": progress.step * state.recipe.train.batch_size}
+    seen = progress.step * state.recipe.train.batch_size
+    skipped = {**progress.skipped.to_dict(), "seen": seen}
     extra: dict[str, Any] = {
         "versions": versions(),
         "skipped": skipped,
@@ -165,11 +165,7 @@ def collect(state: RunState) -> Checkpoint | None:
     }
     if progress.best is not None:
         extra["best"] = asdict(progress.best)
-    return (
-        Checkpoint(progress.step, weights, training, state.recipe.to_yaml(), extra)
-        if rank_zero
-        else None
-    )
+    return Checkpoint(progress.step, weights, training, state.recipe.to_yaml(), extra)
 
 
 def restore(state: RunState, checkpoint: Checkpoint) -> None:
@@ -194,12 +190,11 @@ def restore(state: RunState, checkpoint: Checkpoint) -> None:
     progress.step = checkpoint.step
     progress.skipped = SkipCounter.from_dict(extra["skipped"])
     progress.best = BestEvaluation(**extra["best"]) if "best" in extra else None
-    then, now = extra["versions"], versions()
-    changed = [
-        f"{name} {then.get(name)} → {value}"
-        for name, value in now.items()
-        if then.get(name) != value
-    ]
+    changed = []
+    for name, value in versions().items():
+        before = extra["versions"].get(name)
+        if before != value:
+            changed.append(f"{name} {before} → {value}")
     if changed and distributed.is_rank_zero():
         log.warning(
             "This differs from the checkpoint's: %s. Batches and their order stay the same, but sums may be rounded "

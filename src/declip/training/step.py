@@ -58,7 +58,8 @@ def training_step(
     grad_norm = clip_gradients(
         parameters, math.inf if train.grad_clip_norm is None else train.grad_clip_norm
     )
-    values = {name: loss.detach() for name, loss in losses.items()} | {"grad_norm": grad_norm}
+    values = {name: loss.detach() for name, loss in losses.items()}
+    values["grad_norm"] = grad_norm
     optimizer.step()
     inner.objective.after_step(inner.model)  # limits the scales, and writes the queue
     return values
@@ -74,9 +75,8 @@ def _backward_in_chunks(
     gradient goes backward. Exact where a pair's output depends on that pair alone, so not for towers with batch norm.
     """
     model, objective = learner.model, learner.objective
-    chunks = [
-        batch.rows(start, min(start + chunk, len(batch))) for start in range(0, len(batch), chunk)
-    ]
+    starts = range(0, len(batch), chunk)
+    chunks = [batch.rows(start, min(start + chunk, len(batch))) for start in starts]
     outputs: list[TowerOutputs] = []
     states: list[dict[str, Tensor]] = []
     with torch.no_grad(), frozen_batch_norm_stats(model):
@@ -86,10 +86,10 @@ def _backward_in_chunks(
             with learner.autocast():
                 outputs.append(objective.run_towers(model, ready))
     final_states = random_states(model.device)
-    leaves = [
-        {n: t.requires_grad_() for n, t in part.tensors().items() if t.is_floating_point()}
-        for part in outputs
-    ]
+    leaves: list[dict[str, Tensor]] = []
+    for output in outputs:
+        floats = {n: t for n, t in output.tensors().items() if t.is_floating_point()}
+        leaves.append({name: tensor.requires_grad_() for name, tensor in floats.items()})
     rest = learner.prepare(batch) if objective.reads_pixels else batch.without_images()
     rest = rest.to(model.device, non_blocking=True)
     with learner.autocast():
@@ -102,13 +102,11 @@ def _backward_in_chunks(
         ready = learner.prepare(part)
         with learner.autocast():
             again = objective.run_towers(model, ready).tensors()
-        names = [
-            name
-            for name, leaf in first.items()
-            if leaf.grad is not None and again[name].requires_grad
-        ]
-        torch.autograd.backward(
-            [again[name] for name in names], [first[name].grad for name in names]
-        )
+        outer, gradients = [], []
+        for name, leaf in first.items():
+            if leaf.grad is not None and again[name].requires_grad:
+                outer.append(again[name])
+                gradients.append(leaf.grad)
+        torch.autograd.backward(outer, gradients)
     set_random_states(final_states, model.device)
     return losses

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from declip.training.distributed import StepSync
 from declip.training.examples import write_examples
 from declip.training.optimizer import group_lr, learning_rate
 from declip.training.signals import TRY_AGAIN, StopRequest
-from declip.training.sinks import Monitor, RunInfo, monitored
+from declip.training.sinks import Monitor, RunInfo, Sink, monitored
 from declip.training.state import BestEvaluation, RunState, collect, load_weights
 from declip.training.step import training_step
 from declip.training.trackers import trackers_of
@@ -75,11 +76,9 @@ class Trainer:
         """Take the remaining steps, then evaluate; rank 0 then calls `finish` with the folder and the model."""
         state, train = self.state, self.state.recipe.train
         with state.lock or nullcontext():
-            sinks = (
-                [*trackers_of(train.report_to), *state.extensions.callbacks]
-                if self.is_rank_zero
-                else []
-            )
+            sinks: list[Sink] = []
+            if self.is_rank_zero:
+                sinks = [*trackers_of(train.report_to), *state.extensions.callbacks]
             with monitored(self.info, sinks, not self.is_rank_zero) as monitor, self.writer:
                 # Other ranks wait here for the start of slow sinks.
                 self.calls_user = state.hosts.on_rank_zero(lambda: bool(state.extensions.callbacks))
@@ -97,29 +96,28 @@ class Trainer:
                         monitor.flush()
             finished = self.finished
             if finished and finish is not None:
-                # With FSDP this rank holds a part of the model; the whole one is in the checkpoint.
-                state.hosts.on_rank_zero(
-                    lambda: finish(
-                        state.folder, load(state.folder) if state.sharded else state.model
-                    )
-                )
+                state.hosts.on_rank_zero(lambda: finish(state.folder, self._whole_model()))
             self.loader.close()
         status = 0 if distributed.launched() else TRY_AGAIN
         if self.stop.signal == signal.SIGINT:
             status = 130
         return Run(state.folder, self.progress.step, finished, status, self.is_rank_zero)
 
+    def _whole_model(self) -> Any:
+        """The model; with FSDP, of which this rank holds a part, the one in the checkpoint."""
+        return load(self.state.folder) if self.state.sharded else self.state.model
+
     def _prepare(self, monitor: Monitor) -> None:
         """Do what precedes the next step: messages, and evaluation of the starting weights."""
         state, step = self.state, self.progress.step
-        trained = (
-            sum(p.numel() for group in state.optimizer.param_groups for p in group["params"]) / 1e6
-        )
+        groups = (group["params"] for group in state.optimizer.param_groups)
+        trained = sum(p.numel() for p in itertools.chain(*groups)) / 1e6
         weights = ", ".join(
             f"{weight:g} {name}" for name, weight in state.objective.weights.items()
         )
+        begins = f"Resuming at step {step}" if step else "Starting"
         log.info(
-            f"{f'Resuming at step {step}' if step else 'Starting'}: {described(state.source)}; "
+            f"{begins}: {described(state.source)}; "
             f"{trained:,.2f} M trainable parameters; {weights}; {state.model.device}, "
             f"{state.recipe.train.precision}, {torch.get_num_threads()} threads"
         )
@@ -153,11 +151,8 @@ class Trainer:
                     self._refuse_nonfinite(values)
 
                 # --- log, also before an evaluation that may end the run
-                if (
-                    step % train.log_every == 0
-                    or done
-                    or (train.patience is not None and self._evaluation_due())
-                ):
+                may_end = train.patience is not None and self._evaluation_due()
+                if step % train.log_every == 0 or done or may_end:
                     self._refuse_nonfinite(values)
                     self._log(monitor, values, lr)
                 else:
@@ -185,10 +180,13 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         """Whether this step is followed by an evaluation; the last one is only if it may have the best weights."""
         step, train = self.progress.step, self.state.recipe.train
-        due = train.evaluate_every > 0 and step % train.evaluate_every == 0
-        return (
-            due or step >= train.steps if train.patience is not None else due and step < train.steps
+        due, last = (
+            train.evaluate_every > 0 and step % train.evaluate_every == 0,
+            step >= train.steps,
         )
+        if train.patience is not None:
+            return due or last
+        return due and not last
 
     def _next_batch(self, monitor: Monitor) -> tuple[PairBatch, StepSync, float]:
         """Read a batch; return it with the state of all ranks and the seconds that it took."""
@@ -200,7 +198,8 @@ class Trainer:
         except UserError as broken:
             error = broken
         waited = time.perf_counter() - asked
-        rows, skipped = (0, None) if batch is None else (len(batch), batch.skipped or None)
+        rows = 0 if batch is None else len(batch)
+        skipped = None if batch is None else batch.skipped or None
         sync = self.state.hosts.sync_step(
             self.progress.step, rows, self.stop.asked, skipped, batch is None
         )
@@ -343,16 +342,13 @@ class Trainer:
         """Whether the run folder has the results of the last step, by the best weights, already."""
         step = self.progress.step
         best = self.progress.best.step if self.progress.best is not None else step
-        rows = (
-            row
+        done = {
+            (row["dataset"], row["task"])
             for row in Run(self.state.folder, step).results
             if row.get("best_step", step) == best
-        )
-        done = {(row["dataset"], row["task"]) for row in rows}
+        }
         tasks = self.state.held_out.tasks(self.state.recipe, final=True)
-        return all(
-            (name, protocol) in done for name, protocols in tasks.items() for protocol in protocols
-        )
+        return all(done.issuperset(itertools.product([name], tasks[name])) for name in tasks)
 
     def save(self, monitor: Monitor) -> None:
         """Begin to write a checkpoint, and write the counts of skipped pairs; every rank must call it."""
