@@ -10,7 +10,7 @@ import declip
 from conftest import refuses, texture
 from declip.interchange import starter
 from declip.runs.fitted import HEADS, KNOWN
-from declip.search.explain import anchor_names
+from declip.search.explain import anchor_names, resembled
 
 START = "builtin:lite0-minilm"
 
@@ -58,6 +58,16 @@ def test_the_command_prints_and_writes_them(index, tmp_path, command):
     texture(0).save(picture)
     refused = command("search", index.folder, "--image", picture, "--why")
     assert (refused.status, "Give a text" in refused.err) == (2, True)
+
+
+def test_a_name_of_several_pairs_is_said_once(index):
+    images = [index.image(0)]
+    (first,) = resembled(index.model, index.known_names, "an orange", images, 2)
+    doubled = ["both" if name in first else name for name in index.known_names]
+    (found,) = resembled(index.model, doubled, "an orange", images, 2)
+    assert len(first) == 2
+    assert found[0] == "both"
+    assert "both" not in found[1:]
 
 
 def test_anchors_of_a_fit_are_its_captions(tmp_path):

@@ -10,9 +10,11 @@ from torch.nn.functional import normalize
 
 from declip.app.requests import ImageId, OneLine, Template, Text
 from declip.app.state import AppState
+from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import logit_scale, read_templates
 from declip.search.checks import parse_where, read_classes
+from declip.search.explain import has_anchors
 from declip.search.index import mix
 from declip.search.info import Over
 from declip.search.language import language_note
@@ -55,7 +57,22 @@ def search(state: AppState, asked: SearchQuestion) -> dict[str, Any]:
     for hit, row in zip(hits, state.describe([hit.id for hit in hits]), strict=True):
         answer["hits"].append({**row, "cosine": hit.score, "copies": len(hit.copies)})
     answer["note"] = language_note(asked.text, state.index.text_model)
+    answer["explained"] = bool(asked.text) and has_anchors(state.model_path)
     return {**answer, "images": len(state.index), "seconds": time.perf_counter() - started}
+
+
+class WhyQuestion(BaseModel):
+    """A text, and an image of the index that it found."""
+
+    text: Text
+    id: ImageId
+
+
+def why(state: AppState, asked: WhyQuestion) -> dict[str, Any]:
+    """The known pairs or classes that a text and an image both resemble, the most similar first."""
+    with state.reading, state.encoding:
+        (names,) = state.index.resembled(asked.text, [asked.id])
+    return {"resembles": [printable(name) for name in names]}
 
 
 def _image_vector(state: AppState, asked: SearchQuestion) -> Tensor | None:

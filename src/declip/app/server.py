@@ -26,7 +26,7 @@ from starlette.types import ASGIApp
 from declip.app import captions, pairs
 from declip.app.caption_table import Change, check_table
 from declip.app.requests import LARGEST_JSON, LARGEST_UPLOAD, Guard, ImageId, read_body, read_image
-from declip.app.search import SearchQuestion, search
+from declip.app.search import SearchQuestion, WhyQuestion, search, why
 from declip.app.state import AppState
 from declip.data.pair import printable
 from declip.errors import UserError
@@ -69,6 +69,7 @@ def image(state: AppState, asked: ImageQuestion) -> Response:
 REQUESTS: tuple[tuple[str, str, type[BaseModel], Callable[..., Any]], ...] = (
     ("GET", "/images/{id}", ImageQuestion, image),
     ("GET POST", "/api/search", SearchQuestion, search),
+    ("POST", "/api/why", WhyQuestion, why),
     ("POST", "/api/caption", Change, captions.save),
     # These hold images, which a link from another site must not do: no GET.
     ("POST", "/api/caption/next", captions.ShowQuestion, captions.show),

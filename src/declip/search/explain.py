@@ -13,7 +13,13 @@ from declip.interchange.read import read_start
 from declip.models.dual_encoder import DualEncoder
 from declip.models.encoder import Encoder
 from declip.models.neighbors import NeighborProjection
-from declip.runs.fitted import FittedRun, is_fitted
+from declip.runs.fitted import KNOWN, FittedRun, is_fitted
+
+
+def has_anchors(where: str | Path) -> bool:
+    """Whether a model compares with known pairs or classes that have names; no weights are read."""
+    folder = Path(where).expanduser()
+    return starter.matches(str(where)) or (folder / KNOWN).is_file()
 
 
 def anchor_names(where: str | Path) -> list[str]:
@@ -42,8 +48,9 @@ def resembled(
     found = []
     for image in images:
         of_image = _pooled(model, image)
-        rows = both_resemble(image_side, text_side, of_image, of_text, count)
-        found.append(tuple(names[row] for row in rows))
+        rows = both_resemble(image_side, text_side, of_image, of_text, 2 * count)
+        distinct = dict.fromkeys(names[row] for row in rows)  # captions may repeat
+        found.append(tuple(distinct)[:count])
     return found
 
 

@@ -320,12 +320,20 @@ class Index:
         Its image is encoded again, as an index has vectors alone. For built-in starts, whose classes
         are named, and folders of `declip finetune`, whose pairs are named by their captions.
         """
-        given = folder_or_name(self._model_given)
-        by_name = isinstance(given, str | Path)
-        names = anchor_names(given if by_name else self.info.model.locate(self.folder))
-        images = [self.image(hit.id) for hit in hits]
-        found = resembled(self.model, names, text, images, count)
+        found = self.resembled(text, [hit.id for hit in hits], count)
         return [replace(hit, resembles=own) for hit, own in zip(hits, found, strict=True)]
+
+    def resembled(self, text: str, ids: Sequence[int], count: int = 3) -> list[tuple[str, ...]]:
+        """As `explain`, of images by their ids."""
+        images = [self.image(id) for id in ids]
+        return resembled(self.model, self.known_names, text, images, count)
+
+    @cached_property
+    def known_names(self) -> list[str]:
+        """Captions of the pairs and names of the classes that the model compares with; may be empty."""
+        given = self._model_given
+        by_name = isinstance(given, str | Path)
+        return anchor_names(given if by_name else self.info.model.locate(self.folder))
 
     def image(self, id: int) -> Image.Image:
         """Read an image from the source, RGB and upright; raises `UserError` if there is no such image any more."""

@@ -42,8 +42,26 @@ function facts(hit, group) {
   return lines;
 }
 
-function show({ hits, images, seconds, classes, scale, note }, { text, id, template, over, weight, where, group }) {
-  find("hits").replaceChildren(...hits.map((hit) => card(hit, { facts: facts(hit, group) })));
+/** A button that asks what a text and an image both resemble, and is replaced by the answer. */
+function whyButton(text, id) {
+  const button = make("button", { type: "button", class: "why", title: "Which known pairs or classes text and image both resemble" }, "Why?");
+  button.addEventListener("click", async () => {
+    const line = make("p", { class: "facts", role: "status" }, "Comparing …");
+    button.replaceWith(line);
+    try {
+      const { resembles } = await sendJson("/api/why", { text, id });
+      const names = resembles.map((name) => `“${name}”`).join(", ");
+      line.textContent = names ? `Text and image resemble ${names}` : "Text and image resemble no known pair or class together.";
+    } catch (error) {
+      line.textContent = error.message;
+    }
+  });
+  return button;
+}
+
+function show({ hits, images, seconds, classes, scale, note, explained }, { text, id, template, over, weight, where, group }) {
+  const cards = hits.map((hit) => card(hit, { facts: facts(hit, group), more: explained ? [whyButton(text, hit.id)] : [] }));
+  find("hits").replaceChildren(...cards);
   find("note").textContent = note;
   const nearest = hits.length ? `The nearest ${hits.length} of ${count(images, "image")}, in ${seconds.toFixed(2)} s` : "No results: no image has a caption, or this value.";
   find("classified").hidden = !classes;
