@@ -137,7 +137,13 @@ def evaluate(
         8
     """
     check_tasks((task,), shots, templates)
-    options = Options(templates, shots or 4, batch_size, workers, progress)
+    options = Options(
+        templates=templates,
+        shots=shots or 4,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
+    )
     if len(options.numbers_of_shots) > 1:
         raise UserError(
             "declip.evaluate returns one result. Pass one number of shots, such as shots=4."

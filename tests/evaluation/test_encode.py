@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from conftest import refuses
-from declip.evaluation.encode import encode_source, eval_mode, text_features
+from declip.evaluation.encode import Batching, encode_source, eval_mode, text_features
 from declip.models.encoder import as_encoder
 
 
 def test_rows_follow_the_source_and_broken_ones_are_counted(model, painted):
     captions = [("red", "a red thing"), ("green",), ("blue",), ("yellow", "red green")]
     source = painted(["red", "green", "blue", "yellow"], captions, broken=[1])
-    found = encode_source(as_encoder(model), source, batch_size=2)
+    found = encode_source(as_encoder(model), source, Batching(2))
     assert found.indices.tolist() == [0, 2, 3]
     assert found.captions == (captions[0], captions[2], captions[3])
     assert found.image_rows.tolist() == [0, 0, 1, 2, 2]
@@ -25,7 +25,7 @@ def test_rows_follow_the_source_and_broken_ones_are_counted(model, painted):
 
 def test_in_batches_in_evaluation_mode_without_gradient(model, painted):
     encode_source(
-        as_encoder(model), painted(["red"] * 5, [(f"{n}",) for n in range(5)]), batch_size=2
+        as_encoder(model), painted(["red"] * 5, [(f"{n}",) for n in range(5)]), Batching(2)
     )
     assert [(kind, size) for kind, size, _, _ in model.passes] == [
         ("image", 2), ("image", 2), ("image", 1), ("text", 2), ("text", 2), ("text", 1),
@@ -48,7 +48,7 @@ def test_every_part_gets_its_own_mode_back(model):
 
 
 def test_equal_texts_are_encoded_once_and_keep_their_places(model):
-    found = text_features(as_encoder(model), ["red", "blue", "red"], batch_size=8)
+    found = text_features(as_encoder(model), ["red", "blue", "red"], Batching(8))
     assert [(kind, size) for kind, size, _, _ in model.passes] == [("text", 2)]
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
@@ -58,10 +58,10 @@ def test_workers_change_nothing(model, painted, monkeypatch):
     source = painted(["red", "green", "blue", "cyan", "white"], broken=[3])
     some = encode_source(as_encoder(model), source, indices=[2, 0], texts=False)
     assert (some.indices.tolist(), some.texts) == ([2, 0], None)
-    alone = encode_source(as_encoder(model), source, batch_size=2)
-    helped = encode_source(as_encoder(model), source, batch_size=2, workers=1)
+    alone = encode_source(as_encoder(model), source, Batching(2))
+    helped = encode_source(as_encoder(model), source, Batching(2, workers=1))
     monkeypatch.setattr("declip.evaluation.encode.READ_AT_ONCE", 1)
-    for other in (helped, encode_source(as_encoder(model), source, batch_size=2, workers=1)):
+    for other in (helped, encode_source(as_encoder(model), source, Batching(2, workers=1))):
         assert torch.equal(alone.images, other.images)
         assert alone.indices.tolist() == other.indices.tolist()
         assert other.skipped.counts == {"truncated image": 1}
@@ -74,7 +74,7 @@ def test_nothing_readable(model, painted):
         encode_source,
         as_encoder(model),
         broken,
-        batch_size=1,
+        how=Batching(1),
     )
 
 
@@ -85,7 +85,7 @@ def test_features_that_are_not_finite_are_refused_by_name(model, painted, value)
         pixels.mean((2, 3))[:, 2:] > 0.9, value, encode(pixels)
     )
     source = painted(["red", "green", "red", "blue", "blue"])
-    refuses("image features are not finite", encode_source, as_encoder(model), source, batch_size=2)
+    refuses("image features are not finite", encode_source, as_encoder(model), source, Batching(2))
     encode = model.encode_text
     model.encode_text = lambda tokens: torch.where(
         encode(tokens)[:, 2:] > 0.9, value, encode(tokens)
@@ -95,5 +95,5 @@ def test_features_that_are_not_finite_are_refused_by_name(model, painted, value)
         text_features,
         as_encoder(model),
         ["red", "green", "blue"],
-        batch_size=2,
+        Batching(2),
     )

@@ -7,6 +7,7 @@ from PIL import Image
 
 import declip
 from conftest import TINY, refuses, tiny_tree
+from declip.evaluation.encode import Batching
 from declip.evaluation.zero_shot import class_tokens
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
@@ -55,7 +56,7 @@ def plain_scores(model, heads, names, pixels, count_padding):
 
 def found_scores(model, names, pixels):
     with torch.no_grad():
-        classes = class_tokens(model, model.token_scorer, names, TEMPLATES, 4, False)
+        classes = class_tokens(model, model.token_scorer, names, TEMPLATES, Batching(4))
         return model.token_scorer.scores(pixels, classes.to(pixels))
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from declip.data.images.preprocess import Preprocess
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
-from declip.errors import UserError
+from declip.errors import UserError, check_range
 from declip.io.pool import pairs_bar, parallel_map
 from declip.models.encoder import Encoder
 from declip.models.inference import image_encoder
@@ -38,6 +38,23 @@ class Share:
 
 
 ALONE = Share()
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How images and texts are read and encoded."""
+
+    batch_size: int = 256  # images and texts per forward pass
+    # Processes that read images; 0: this one; None: one per core, at most 8
+    workers: int | None = 0
+    progress: bool = False
+    share: Share = ALONE  # what this process encodes; every process gets all features
+
+    def __post_init__(self) -> None:
+        check_range("batch_size", self.batch_size, 1)
+
+
+USUAL = Batching()
 READ_AT_ONCE = 32  # images
 Given = Image.Image | LazyImage | Tensor  # an image, or its pixels (3, S, S) uint8
 
@@ -65,9 +82,8 @@ class SourceFeatures:
     @cached_property
     def image_rows(self) -> np.ndarray:
         """(m,) int64, the row of `images` that each caption belongs to."""
-        return np.repeat(
-            np.arange(len(self.captions)), [len(captions) for captions in self.captions]
-        )
+        counts = [len(captions) for captions in self.captions]
+        return np.repeat(np.arange(len(counts)), counts)
 
 
 @contextmanager
@@ -88,28 +104,23 @@ def eval_mode(model: Encoder) -> Iterator[torch.device]:
 def text_features(
     model: Encoder,
     texts: Sequence[str],
+    how: Batching = USUAL,
     *,
     encode: Any = None,
-    batch_size: int = 256,
-    progress: bool = False,
-    share: Share = ALONE,
 ) -> Tensor:
     """Encode m texts: (m, d) float32 on the CPU, L2-normalized; features of equal texts are bit-exact copies.
 
     Features by `encode`, a function of token ids (n, L) on the model's device, are not normalized.
     """
-    row_of = {
-        text: row for row, text in enumerate(sorted(dict.fromkeys(texts), key=len))
-    }  # by length: little padding
-    distinct = list(row_of)
-    batches = [
-        distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size)
-    ]
+    distinct = sorted(dict.fromkeys(texts), key=len)  # by length: little padding
+    row_of = {text: row for row, text in enumerate(distinct)}
+    starts = range(0, len(distinct), how.batch_size)
+    batches = [distinct[start : start + how.batch_size] for start in starts]
 
     def encode_own() -> list[Tensor]:
         parts = []
-        with eval_mode(model) as device, pairs_bar(progress) as bar:
-            for batch in bar.track(share.own(batches), description="Texts"):
+        with eval_mode(model) as device, pairs_bar(how.progress) as bar:
+            for batch in bar.track(how.share.own(batches), description="Texts"):
                 tokens = model.tokenize(batch).to(device)
                 if encode is None:
                     features = normalize(model.encode_text(tokens).float(), dim=-1)
@@ -118,7 +129,7 @@ def text_features(
                 parts.append(_finite(features.cpu(), "text"))
         return parts
 
-    parts = [part for each in share.gathered(encode_own) for part in each]
+    parts = list(chain(*how.share.gathered(encode_own)))
     rows = torch.tensor([row_of[text] for text in texts], dtype=torch.int64)
     return torch.cat(parts)[rows]
 
@@ -126,15 +137,12 @@ def text_features(
 def encode_source(
     model: Encoder,
     source: PairSource,
+    how: Batching = USUAL,
     *,
     encode: Callable[[Tensor], Tensor] | None = None,
     texts: bool = True,
     exact: bool = True,
     indices: Sequence[int] | np.ndarray | None = None,
-    batch_size: int = 256,
-    workers: int | None = 0,
-    progress: bool = False,
-    share: Share = ALONE,
 ) -> SourceFeatures:
     """Encode the images of a source in one pass over its files and, with `texts`, its captions.
 
@@ -142,49 +150,43 @@ def encode_source(
         encode: (n, 3, S, S) pixels on the model's device → (n, d); by default L2-normalized embeddings.
         exact: False: images are decoded and resized as for a search; `encode` gets their pixels as uint8.
         indices: Indices of the source to encode, in this order; None: all.
-        workers: Processes that read and resize images; 0: in this one.
-        share: The part of the images and texts that this process encodes; each process returns all features.
     """
     # --- images of a model with frozen towers, which reads them once
     if encode is None and indices is None and model.source_features is not None:
-        encoded: SourceFeatures = model.source_features(
-            source, batch_size=batch_size, workers=workers, progress=progress
-        )
-        return _with_texts(model, encoded, batch_size, progress, share) if texts else encoded
+        encoded: SourceFeatures = model.source_features(source, how)
+        return _with_texts(model, encoded, how) if texts else encoded
     # --- images of others, in batches whose pixels may come from worker processes
-    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    batches = np.split(chosen, range(batch_size, len(chosen), batch_size))
+    if indices is None:
+        indices = range(len(source))
+    chosen = np.asarray(indices, dtype=np.int64)
+    batches = np.split(chosen, range(how.batch_size, len(chosen), how.batch_size))
     read_row = _read_row if exact else _read_lazy_row
 
     def encode_own() -> list[tuple[Tensor, list[Any], SkipCounter]]:
-        own = share.own(batches)
-        return list(encode_batches(model, source, read_row, own, workers, progress, encode))
+        own = how.share.own(batches)
+        return list(encode_batches(model, source, read_row, own, how.workers, how.progress, encode))
 
-    rows, parts, skipped = list[tuple[int, tuple[str, ...]]](), list[Tensor](), SkipCounter()
-    for encoded_batches in share.gathered(encode_own):
-        for features, read, broken in encoded_batches:
-            skipped.merge(broken)
-            parts += [features] if read else []
+    rows, parts, skipped = list[Any](), list[Tensor](), SkipCounter()
+    for features, read, broken in chain(*how.share.gathered(encode_own)):
+        skipped.merge(broken)
+        if read:
+            parts.append(features)
             rows += read
     if not rows:
         raise UserError(
             f"Cannot evaluate on '{source.name}': none of its {len(source)} pairs could be read. "
             f"{skipped.explanation()} Check the paths and captions."
         )
-    read_indices = np.array([index for index, _ in rows])
-    captions = tuple(captions for _, captions in rows)
-    encoded = SourceFeatures(source.name, read_indices, torch.cat(parts), captions, None, skipped)
-    return _with_texts(model, encoded, batch_size, progress, share) if texts else encoded
+    read_indices, captions = zip(*rows, strict=True)
+    images = torch.cat(parts)
+    encoded = SourceFeatures(source.name, np.array(read_indices), images, captions, None, skipped)
+    return _with_texts(model, encoded, how) if texts else encoded
 
 
-def _with_texts(
-    model: Encoder, encoded: SourceFeatures, batch_size: int, progress: bool, share: Share
-) -> SourceFeatures:
+def _with_texts(model: Encoder, encoded: SourceFeatures, how: Batching) -> SourceFeatures:
     captions = encoded.flat_captions
-    features = text_features(model, captions, batch_size=batch_size, progress=progress, share=share)
-    return replace(
-        encoded, texts=features, truncated=_count_truncated(model, encoded.flat_captions)
-    )
+    features = text_features(model, captions, how)
+    return replace(encoded, texts=features, truncated=_count_truncated(model, captions))
 
 
 def _read_row(source: PairSource, index: int) -> tuple[Image.Image, tuple[int, tuple[str, ...]]]:
@@ -224,9 +226,9 @@ def encode_batches(
     pinned = model.device.type == "cuda"
     # Joining would copy to other memory
     size = max(map(len, batches), default=1) if pinned else READ_AT_ONCE
-    parts = [
-        batch[start : start + size] for batch in batches for start in range(0, len(batch), size)
-    ]
+    parts = []
+    for batch in batches:
+        parts += [batch[start : start + size] for start in range(0, len(batch), size)]
     title = f"Images of {source.name}" if progress else ""
     read_part = partial(read_images, model.preprocessor, partial(read, source))
     stream = parallel_map(read_part, parts, workers, title, pinned)

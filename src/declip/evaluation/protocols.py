@@ -15,7 +15,7 @@ from declip.data.pair import PairSource
 from declip.data.sources.subset import Subset
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classes
-from declip.evaluation.encode import ALONE, Share, SourceFeatures, encode_source, eval_mode
+from declip.evaluation.encode import Batching, SourceFeatures, encode_source, eval_mode
 from declip.evaluation.few_shot import Examples, fit_few_shot, joint_encoder
 from declip.evaluation.linear_probe import check_probe, check_splits, linear_probe
 from declip.evaluation.readers import Classified
@@ -50,21 +50,17 @@ SETS = (
 `oxford-iiit-pet`, `cifar10` contains `cifar-10-batches-py`, `imagenet` contains `val`."""
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Batching):
     """Settings of an evaluation."""
 
+    progress: bool = True
     # Zero-shot: a shipped set or templates; None: those of the dataset
     templates: str | Sequence[str] | None = None
     shots: int | Sequence[int] = 4  # few-shot: images of a class, or several numbers
-    batch_size: int = 256  # images and texts per forward pass
-    # Processes that read images; 0: this one; None: one per core, at most 8
-    workers: int | None = 0
-    progress: bool = True
-    share: Share = ALONE  # what this process encodes, of zero-shot and retrieval
 
     def __post_init__(self) -> None:
-        check_range("batch_size", self.batch_size, 1)
+        super().__post_init__()
         for number in self.numbers_of_shots:
             check_range("shots", number, 1)
 
@@ -98,43 +94,23 @@ class SharedFeatures:
         backbone = self.model.encode_backbone
         assert backbone is not None, "`check_model` looked for it"
         encode = partial(chunked, backbone)
-        return [
-            linear_probe(
-                self.dataset,
-                lambda source: self._encode(source, encode=encode, texts=False),
-                probing,
-            )
-        ]
+        before_projection = partial(self._encode, encode=encode, texts=False)
+        return [linear_probe(self.dataset, before_projection, probing)]
 
     def zero_shot(self) -> list[ZeroShotResult]:
         source, options = with_classes(self.dataset.split("test")), self.options
         name, templates = read_templates(options.templates or self.dataset.templates)
         if (scorer := self.model.token_scorer) is not None:
             names = list(dict.fromkeys(source.class_names))
-            tokens = class_tokens(
-                self.model,
-                scorer,
-                names,
-                templates,
-                options.batch_size,
-                options.progress,
-                options.share,
-            )
+            tokens = class_tokens(self.model, scorer, names, templates, options)
             with eval_mode(self.model) as device:
                 scores = partial(scorer.scores, classes=tokens.to(device))
             scored = self._encode(source, encode=partial(chunked, scores), texts=False)
-            return [
-                classify(scored, source.labels[scored.indices], source.class_names, templates=name)
-            ]
-        classes = class_features(
-            self.model,
-            source.class_names,
-            templates,
-            batch_size=options.batch_size,
-            progress=options.progress,
-            share=options.share,
-        )
-        return [classify(self.test, source.labels[self.test.indices], classes, templates=name)]
+            labels = source.labels[scored.indices]
+            return [classify(scored, labels, source.class_names, templates=name)]
+        classes = class_features(self.model, source.class_names, templates, options)
+        labels = source.labels[self.test.indices]
+        return [classify(self.test, labels, classes, templates=name)]
 
     def retrieval(self) -> list[RetrievalResult]:
         source, features = self.dataset.split("test"), self.test
@@ -161,9 +137,7 @@ class SharedFeatures:
         seen = self._encode(train, encode=encode, texts=False, indices=used)
         tested = self._encode(test, encode=encode, texts=False)
         templates = read_templates(options.templates or self.dataset.templates)[1]
-        names = class_features(
-            self.model, test.class_names, templates, batch_size=options.batch_size
-        )
+        names = class_features(self.model, test.class_names, templates, options)
         truth = np.asarray(test.labels)[tested.indices]
 
         def right(chosen: np.ndarray) -> np.ndarray:
@@ -196,14 +170,9 @@ class SharedFeatures:
         return results
 
     def _encode(self, source: PairSource, **options: Any) -> SourceFeatures:
-        shared = {
-            name: getattr(self.options, name)
-            for name in ("batch_size", "workers", "progress", "share")
-        }
+        features = encode_source(self.model, source, self.options, **options)
         # A source only knows the name of its file, which another dataset may have too.
-        return replace(
-            encode_source(self.model, source, **options, **shared), name=self.dataset.name
-        )
+        return replace(features, name=self.dataset.name)
 
 
 class Task(NamedTuple):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.errors import UserError, unknown
-from declip.evaluation.encode import ALONE, Share, SourceFeatures, text_features
+from declip.evaluation.encode import USUAL, Batching, SourceFeatures, text_features
 from declip.evaluation.results import ZeroShotResult, score
 from declip.evaluation.retrieval import ranks
 from declip.io.pool import pairs_bar
@@ -82,14 +83,11 @@ def class_features(
     model: Encoder,
     class_names: Sequence[str],
     templates: Sequence[str],
-    *,
-    batch_size: int = 256,
-    progress: bool = False,
-    share: Share = ALONE,
+    how: Batching = USUAL,
 ) -> Tensor:
     """CLIP's prompt ensemble (section 3.1.4): the normalized mean of each class's normalized templates, (C, d)."""
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    features = text_features(model, prompts, batch_size=batch_size, progress=progress, share=share)
+    features = text_features(model, prompts, how)
     # (C · T, d) → (C, T, d) → (C, d)
     return normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
 
@@ -99,31 +97,30 @@ def class_tokens(
     scorer: Any,
     class_names: Sequence[str],
     templates: Sequence[str],
-    batch_size: int,
-    progress: bool,
-    share: Share = ALONE,
+    how: Batching = USUAL,
 ) -> Tensor:
     """FILIP's prompt ensemble, (C, L, d): the mean of a class's words by position, divided by its Frobenius norm.
 
     At each position the mean is that of the prompts with a word there, as counted by `scorer.words`; otherwise 0.
     """
-    at_once = max(1, batch_size // len(templates))
+    alone = Batching(how.batch_size)
+    at_once = max(1, how.batch_size // len(templates))
     starts = range(0, len(class_names), at_once)
 
     def encode_own() -> list[Tensor]:
         parts = []
-        with pairs_bar(progress) as bar:
-            for start in bar.track(share.own(starts), description="Texts"):
+        with pairs_bar(how.progress) as bar:
+            for start in bar.track(how.share.own(starts), description="Texts"):
                 some = class_names[start : start + at_once]
                 prompts = [template.replace("{}", name) for name in some for template in templates]
-                words = text_features(model, prompts, encode=scorer.words, batch_size=batch_size)
+                words = text_features(model, prompts, alone, encode=scorer.words)
                 # (c · T, L, d) → (c, T, L, d)
                 words = words.unflatten(0, (len(some), len(templates)))
                 mean = words.sum(dim=1) / words.any(dim=3, keepdim=True).sum(dim=1).clamp(min=1)
                 parts.append(mean / mean.norm(dim=(1, 2), keepdim=True))
         return parts
 
-    return torch.cat([part for each in share.gathered(encode_own) for part in each])
+    return torch.cat(list(chain(*how.share.gathered(encode_own))))
 
 
 def classify(

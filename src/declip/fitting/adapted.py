@@ -12,7 +12,7 @@ from declip.closed_form.solve import Heads
 from declip.data.pair import PairSource
 from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError
-from declip.evaluation.encode import SourceFeatures
+from declip.evaluation.encode import Batching, SourceFeatures
 from declip.fitting.base import EncoderBase
 from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
@@ -93,9 +93,9 @@ class Adapted(Complete):
             return pooled
         return self.heads.to(pooled).embed_texts(pooled)
 
-    def source_features(self, source: PairSource, **options: Any) -> SourceFeatures:
+    def source_features(self, source: PairSource, how: Batching) -> SourceFeatures:
         """Features of the images of a source, which the base reads once for all heads."""
-        pooled = self.base.pool_source(source, **options)
+        pooled = self.base.pool_source(source, how)
         parts = [self._embed_images(part) for part in pooled.images.split(ROWS)]
         return replace(pooled, images=torch.cat(parts))
 

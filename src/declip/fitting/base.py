@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from declip.data.pair import PairSource
 from declip.errors import UserError
 from declip.evaluation.encode import (
+    Batching,
     SourceFeatures,
     encode_source,
     eval_mode,
@@ -64,14 +65,14 @@ class EncoderBase:
 
     def pool_captions(self, captions: Sequence[str], progress: bool = False) -> Tensor:
         """(m, w) float32; rows of equal captions are equal bit for bit."""
-        return text_features(self.model, captions, batch_size=BATCH, progress=progress)
+        return text_features(self.model, captions, Batching(BATCH, progress=progress))
 
-    def pool_source(self, source: PairSource, **options: Any) -> SourceFeatures:
+    def pool_source(self, source: PairSource, how: Batching) -> SourceFeatures:
         """Pooled features of the images of a source, which is read once for several heads."""
         if source not in self._sources:
-            encode = self.pool_exact
-            features = encode_source(self.model, source, encode=encode, texts=False, **options)
-            self._sources[source] = features
+            self._sources[source] = encode_source(
+                self.model, source, how, encode=self.pool_exact, texts=False
+            )
         return self._sources[source]
 
 
@@ -119,9 +120,8 @@ class Base(EncoderBase):
 
     def pool_captions(self, captions: Sequence[str], progress: bool = False) -> Tensor:
         """(m, w) float32; rows of equal captions are equal bit for bit."""
-        pooled = text_features(
-            self.model, captions, batch_size=BATCH, progress=progress, encode=self._pool_text
-        )
+        how = Batching(BATCH, progress=progress)
+        pooled = text_features(self.model, captions, how, encode=self._pool_text)
         return self._embedded(self.model.text_tower.text_projection, pooled)
 
     def _pool_text(self, tokens: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from declip.data.sources.python_items import Items
 from declip.data.sources.table import find_table, open_rows
 from declip.errors import UserError, check_range
 from declip.evaluation.datasets import LabeledSource, open_dataset, with_classes
-from declip.evaluation.encode import encode_batches, encode_source
+from declip.evaluation.encode import Batching, encode_batches, encode_source
 from declip.evaluation.few_shot import (
     Examples,
     FewShotForm,
@@ -115,14 +115,8 @@ class Classifier:
         skipped, groups, leaking = SkipCounter(), None, None
         if source is not None:
             number = _numbers(known, source.class_names)
-            options: dict[str, Any] = {
-                "batch_size": batch_size,
-                "workers": workers,
-                "progress": progress,
-            }
-            features = encode_source(
-                encoder, source, encode=encode, texts=False, exact=False, **options
-            )
+            how = Batching(batch_size, workers, progress)
+            features = encode_source(encoder, source, how, encode=encode, texts=False, exact=False)
             labels = torch.from_numpy(number[np.asarray(source.labels)[features.indices]])
             skipped = features.skipped
             given = Examples(features.images, labels, names, width)
@@ -429,10 +423,9 @@ def _name_features(
     encoder: Encoder, names: Sequence[str], prompts: Sequence[str], batch_size: int
 ) -> Tensor:
     """(C, d) of length 1, the features of class names; a word such as "animal" is compared as images too."""
-    texts = zip(names, class_features(encoder, names, prompts, batch_size=batch_size), strict=True)
-    return torch.stack(
-        [add_classes(vector, name, encoder, lambda: encoder) for name, vector in texts]
-    )
+    vectors = class_features(encoder, names, prompts, Batching(batch_size))
+    named = zip(vectors, names, strict=True)
+    return torch.stack([add_classes(*pair, encoder, lambda: encoder) for pair in named])
 
 
 def _read(source: ImageSource, index: int) -> tuple[LazyImage, str]:
