@@ -392,7 +392,7 @@ def test_each_recipe_gets_its_best_value_and_an_edge_is_warned_of(
     (curves,) = trials.curves().values()
     for variant in outcome.study.variants:
         scores = {value: curves[f"{variant.name}-{value}"].means[0] for value in ("0.0001", "0.01")}
-        assert variant.overrides["train.lr"] == max(scores, key=scores.get)
+        assert variant.overrides["train.lr"] == float(max(scores, key=scores.get))
     assert caplog.text.count("lies at the edge of the grid") == 2
     refuses("test set", tiny, recipes, table, tmp_path / "b", **{**options, "tune_on": str(table)})
     refuses("--tune-on", tiny, recipes, table, tmp_path / "b", **{**options, "tune_on": None})

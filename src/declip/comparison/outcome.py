@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 from scipy.special import stdtrit
 
 from declip.comparison.study import Study, Trial, read_study
@@ -27,7 +28,10 @@ def folder_of(folder: Path, trial: Trial) -> Path:
 def t_half_width(values: Sequence[float] | np.ndarray) -> float:
     """Half the width of the mean's 95 % interval by Student's t; NaN for one value."""
     n = len(values)
-    return float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5) if n > 1 else nan
+    if n < 2:
+        return nan
+    quantile = stdtrit(n - 1, 0.975)
+    return float(quantile * np.std(values, ddof=1) / n**0.5)
 
 
 @dataclass(frozen=True)
@@ -100,15 +104,12 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
     if level.any():
         return exp(logs[level].mean()), ""
     above = int(np.searchsorted(rising, value))
-    fraction = (value - rising[above - 1]) / (rising[above] - rising[above - 1])
-    return exp(logs[above - 1] + fraction * (logs[above] - logs[above - 1])), ""
+    before = above - 1
+    fraction = (value - rising[before]) / (rising[above] - rising[before])
+    return exp(logs[before] + fraction * (logs[above] - logs[before])), ""
 
 
 def _rising(means: np.ndarray) -> np.ndarray:
-    from scipy.optimize import (
-        isotonic_regression,
-    )  # half a second of imports, which training does not need
-
     return isotonic_regression(np.asarray(means, dtype=np.float64)).x
 
 
@@ -118,36 +119,41 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
     The interval is Student's t over each seed's log factor, see `_seed_logs`. It needs at least two seeds, the same
     ones at every number of pairs of both.
     """
-    at = tuple(
-        FactorAt(pairs, float(value), *pairs_needed(a.pairs, a.means, float(value)))
-        for pairs, value in zip(b.pairs, _rising(b.means), strict=True)
-    )
+    values = zip(b.pairs, _rising(b.means).tolist(), strict=True)
+    at = tuple(FactorAt(n, value, *pairs_needed(a.pairs, a.means, value)) for n, value in values)
     overlapping = intervals_overlap(a, b)
     inside = [log(one.factor) for one in at if one.factor is not None]
     if not inside:
         return Factor(at, None, overlapping=overlapping)
-    mean, logs = sum(inside) / len(inside), _seed_logs(a, b, at)
+    mean = sum(inside) / len(inside)
+    logs = _seed_logs(a, b, at)
     if logs is None:
         return Factor(at, exp(mean), overlapping=overlapping)
     half = t_half_width(logs)
-    low, high = np.exp(np.clip((mean - half, mean + half), -99, 99)).tolist()
+    ends = np.clip((mean - half, mean + half), -99, 99)
+    low, high = np.exp(ends).tolist()
     return Factor(at, exp(mean), low, high, overlapping)
 
 
 def intervals_overlap(a: EfficiencyCurve, b: EfficiencyCurve) -> bool:
     """Whether the 95 % intervals of two curves overlap at every number of pairs of both; False without intervals."""
-    both = [(a.pairs.index(pairs), b.pairs.index(pairs)) for pairs in a.pairs if pairs in b.pairs]
-    close = [abs(a.means[i] - b.means[j]) <= a.half_widths[i] + b.half_widths[j] for i, j in both]
+    close = []
+    for i, pairs in enumerate(a.pairs):
+        if pairs in b.pairs:
+            j = b.pairs.index(pairs)
+            distance = abs(a.means[i] - b.means[j])
+            close.append(distance <= a.half_widths[i] + b.half_widths[j])
     return bool(close) and all(close)
 
 
 def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -> np.ndarray | None:
     """(seeds,) log factor of each seed, with the factor's mean; None if seeds are not paired or fewer than two."""
-    # To first order, so that it exists where the curve of one seed does not reach the value.
-    seeds = {*a.seeds, *b.seeds}
-    if len(seeds) != 1 or len(a.seeds[0]) < 2 or len(a.pairs) < 2:
+    paired = len({*a.seeds, *b.seeds}) == 1
+    if not paired or len(a.seeds[0]) < 2 or len(a.pairs) < 2:
         return None
-    logs, rising, values_a = np.log(a.pairs), _rising(a.means), _pooled(a)
+    logs = np.log(a.pairs)
+    rising = _rising(a.means)
+    values_a = _pooled(a)
     start = int(np.searchsorted(rising, rising[0], side="right"))  # the first above the lowest
     rows = []
     for one, values in zip(at, _pooled(b), strict=True):
@@ -157,10 +163,13 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
         above = max(start, int(np.searchsorted(rising, value)))
         if above == len(rising):
             return None
-        step, rise = logs[above] - logs[above - 1], rising[above] - rising[above - 1]
-        fraction = (value - rising[above - 1]) / rise
-        there = (1 - fraction) * values_a[above - 1] + fraction * values_a[above]  # (seeds,)
-        # The log factor of the means, plus the distance of the seed's two curves over the slope of A's mean curve.
+        before = above - 1
+        step = logs[above] - logs[before]
+        rise = rising[above] - rising[before]
+        fraction = (value - rising[before]) / rise
+        there = (1 - fraction) * values_a[before] + fraction * values_a[above]  # (seeds,)
+        # To first order, so that it exists where the curve of one seed does not reach the value:
+        # the log factor of the means, plus the distance of the seed's two curves over the slope of A's mean curve.
         rows.append(log(one.factor) + (there - values) * step / rise)
     return np.mean(rows, axis=0) if rows else None
 
@@ -173,12 +182,12 @@ def _pooled(curve: EfficiencyCurve) -> np.ndarray:
 
 def curve_of(rows: Mapping[int, Mapping[int, float]]) -> EfficiencyCurve:
     """Build a curve from values by number of pairs and seed."""
-    measured = {pairs: dict(sorted(rows[pairs].items())) for pairs in sorted(rows)}
-    return EfficiencyCurve(
-        tuple(measured),
-        tuple(tuple(values.values()) for values in measured.values()),
-        tuple(tuple(values) for values in measured.values()),
-    )
+    values, seeds = [], []
+    for pairs in sorted(rows):
+        of_seeds = sorted(rows[pairs].items())
+        seeds.append(tuple(seed for seed, _ in of_seeds))
+        values.append(tuple(value for _, value in of_seeds))
+    return EfficiencyCurve(tuple(sorted(rows)), tuple(values), tuple(seeds))
 
 
 Curves = Mapping[str, EfficiencyCurve]  # curves of one measure, by variant
@@ -216,7 +225,8 @@ class Outcome:
         for measure, variant in product(self.facts, study.names):
             values: dict[int, dict[int, float]] = {}
             for pairs, seed in product(study.pairs, study.seeds):
-                if result := self.results.get(Trial(variant, pairs, seed).id, {}).get(measure):
+                of_trial = self.results.get(Trial(variant, pairs, seed).id, {})
+                if result := of_trial.get(measure):
                     values.setdefault(pairs, {})[seed] = result.headline.value
             curves.setdefault(measure, {})[variant] = curve_of(values)
         return curves
@@ -224,27 +234,30 @@ class Outcome:
 
 def by_measure(rows: Iterable[Mapping[str, Any]]) -> dict[str, Result]:
     """The result of each dataset and task, by the name of what is compared: top-1, or R@1 in both directions."""
-    results = (result for row in rows if (result := read_result(row)) is not None)
-    kind = {ZeroShotResult.task: "zero-shot "}
-    return {
-        f"{result.dataset}: {kind.get(result.task, '')}{result.headline.name}": result
-        for result in results
-    }
+    results = dict[str, Result]()
+    for row in rows:
+        result = read_result(row)
+        if result is not None:
+            kind = "zero-shot " if isinstance(result, ZeroShotResult) else ""
+            results[f"{result.dataset}: {kind}{result.headline.name}"] = result
+    return results
 
 
 def compared_factors(study: Study, curves: Curves) -> dict[str, Factor | None]:
     """The factor of each other variant over the baseline, by name; None before both were measured."""
     baseline = curves[study.baseline]
-    others = [name for name in study.names if name != study.baseline]
-    return {
-        name: factor(curves[name], baseline) if curves[name].pairs and baseline.pairs else None
-        for name in others
-    }
+    factors = dict[str, Factor | None]()
+    for name in study.names:
+        if name != study.baseline:
+            measured = curves[name].pairs and baseline.pairs
+            factors[name] = factor(curves[name], baseline) if measured else None
+    return factors
 
 
 def near_chance(curve: EfficiencyCurve, facts: Measure) -> list[int]:
     """The numbers of pairs at which a curve is within two standard errors of chance."""
-    limit = facts.chance + 2 * sqrt(facts.chance * (1 - facts.chance) / facts.n)
+    deviation = sqrt(facts.chance * (1 - facts.chance) / facts.n)
+    limit = facts.chance + 2 * deviation
     return [pairs for pairs, mean in zip(curve.pairs, curve.means, strict=True) if mean <= limit]
 
 
@@ -257,12 +270,11 @@ def read_outcome(folder: Path) -> Outcome:
             f"'{folder}' has no comparison. Run one with `declip compare RECIPE… --out {folder}`."
         )
 
-    def written(name: str) -> dict[str, str]:
-        paths = {trial.id: folder_of(folder, trial) / name for trial in study.trials()}
-        return {
-            id: path.read_text(encoding="utf-8") for id, path in paths.items() if path.is_file()
-        }
-
-    return Outcome(
-        study, {id: json.loads(text) for id, text in written(RESULT).items()}, written(FAILURE)
-    )
+    rows, failures = dict[str, Any](), dict[str, str]()
+    for trial in study.trials():
+        result, failure = (folder_of(folder, trial) / name for name in (RESULT, FAILURE))
+        if result.is_file():
+            rows[trial.id] = json.loads(result.read_text(encoding="utf-8"))
+        if failure.is_file():
+            failures[trial.id] = failure.read_text(encoding="utf-8")
+    return Outcome(study, rows, failures)

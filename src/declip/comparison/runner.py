@@ -148,7 +148,8 @@ def open_folder(study: Study, folder: Path, progress: bool = False) -> Study:
         raise UserError(
             f"Cannot create '{folder}': {error.strerror}. Choose another folder with --out."
         ) from error
-    if not (folder / STUDY).exists() and any(path.name[0] != "." for path in folder.iterdir()):
+    others = any(path.name[0] != "." for path in folder.iterdir())
+    if others and not (folder / STUDY).exists():
         raise UserError(
             f"'{folder}' is not empty and has no comparison. Choose another folder with --out."
         )
@@ -186,9 +187,8 @@ def _timed(study: Study, progress: bool) -> Study:
     for index, variant in enumerate(variants):
         if variant.seconds is None:
             own = measured[variant.name]
-            variants[index] = replace(
-                variant, steps=max(1, int(first.steps * (base / own))), seconds=scale * own
-            )
+            steps = max(1, int(first.steps * (base / own)))
+            variants[index] = replace(variant, steps=steps, seconds=scale * own)
     return replace(study, variants=tuple(variants))
 
 
@@ -234,10 +234,10 @@ def work(
     (folder / RUNS).mkdir(exist_ok=True)
     taken: list[Trial] = []
     # A lock ends with its process, also when that is killed: then this process continues its trial.
-    for wait, some in ((False, trials), (True, taken)):
+    for timeout, some in ((0, trials), (-1, taken)):  # at once, then without end
         for trial in some:
             try:
-                with file_lock(Path(f"{folder_of(folder, trial)}.lock"), timeout=-1 if wait else 0):
+                with file_lock(Path(f"{folder_of(folder, trial)}.lock"), timeout=timeout):
                     if not _run(study, trial, folder):
                         return
                 advance()  # it has ended, here or in another process
@@ -248,12 +248,12 @@ def work(
 def _run(study: Study, trial: Trial, folder: Path) -> bool:
     """Run a trial unless it is finished or failed elsewhere; False after Ctrl-C."""
     run_folder = folder_of(folder, trial)
-    if not ((run_folder / RESULT).is_file() or (run_folder / FAILURE).is_file()):
-        try:
-            return run_trial(study, trial, folder)
-        except Exception as error:
-            write_text(
-                run_folder / FAILURE,
-                str(error) if isinstance(error, UserError) else traceback.format_exc(),
-            )
+    if (run_folder / RESULT).is_file() or (run_folder / FAILURE).is_file():
+        return True
+    try:
+        return run_trial(study, trial, folder)
+    except UserError as error:
+        write_text(run_folder / FAILURE, str(error))
+    except Exception:
+        write_text(run_folder / FAILURE, traceback.format_exc())
     return True

@@ -108,7 +108,8 @@ class Study:
         variants = tuple(
             Variant.of(str(recipe), dict(overrides or {})) for recipe in as_list(recipes)
         )
-        counts, names = tuple(sorted({*map(int, as_list(pairs))})), tuple(as_list(tasks))
+        counts = tuple(sorted({*map(int, as_list(pairs))}))
+        names = tuple(as_list(tasks))
         check_tasks(names, shots)
         if not (variants and counts and numbers and names):
             raise UserError(
@@ -164,9 +165,9 @@ class Study:
 
     def check_names(self) -> None:
         """Refuse variants with the same name, or with names that become the same folder."""
-        # Two names may differ, and become the same folder name.
-        count = Counter(Trial(name, 0, 0).id for name in self.names)
-        if twice := [name for name in self.names if count[Trial(name, 0, 0).id] > 1]:
+        folders = Counter(Trial(name, 0, 0).id for name in self.names)
+        twice = [name for name in self.names if folders[Trial(name, 0, 0).id] > 1]
+        if twice:
             raise UserError(
                 f"Recipes need different names, also as folders: {', '.join(twice)}. Rename one file."
             )

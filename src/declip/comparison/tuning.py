@@ -69,7 +69,8 @@ def tuned(study: Study, grid: Grid, out: str | Path, progress: bool = True) -> S
     curves = outcome.curves()[next(iter(outcome.facts))]
     chosen = []
     for variant in study.variants:
-        scores = [float(curves[tried[variant.name, value].name].means[0]) for value in grid.values]
+        of_values = [curves[tried[variant.name, value].name] for value in grid.values]
+        scores = [float(curve.means[0]) for curve in of_values]
         best = grid.values[scores.index(max(scores))]
         _report(variant.name, grid, best, scores)
         overrides = {**variant.overrides, grid.key: read_value(grid.key, best)}
