@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
-from conftest import in_processes, tiny_tree, write_rows
+from conftest import TINY, in_processes, tiny_tree, write_rows
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.protocols import Options, evaluate_all
@@ -13,6 +14,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.distributed import HostGroup
+from declip.training.parallel import build_learner, unwrap
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,25 @@ def test_processes_share_the_images_and_find_what_one_finds(classified, tmp_path
     assert first + second == encoded
     assert first.keys() == second.keys() == encoded.keys()
     assert len(encoded) == 2
+
+
+def sharded(path):
+    """The results by a process that holds a part of each tensor, or all of it where it is alone."""
+    recipe = Recipe.model_validate(tiny_tree(path, train={**TINY["train"], "strategy": "fsdp"}))
+    torch.manual_seed(0)
+    model = DualEncoder.from_recipe(recipe)
+    learner = build_learner(recipe, model, Objective(recipe, model))
+    dataset = open_dataset(path, label_column="label")
+    options = Options(batch_size=5, progress=False)
+    parts = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
+    results = evaluate_all(model, dataset, ("zero-shot", "retrieval"), options)
+    return [result.to_dict() for result in results], unwrap(learner).sharded, parts > 0
+
+
+def test_processes_that_hold_parts_of_the_towers_find_what_one_finds(classified, tmp_path):
+    expected, *alone = sharded(classified)
+    found = in_processes(sharded, 2, tmp_path, classified)
+    assert (alone, found) == ([False, False], [(expected, True, True)] * 2)
 
 
 def refused(path):
