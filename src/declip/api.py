@@ -19,6 +19,7 @@ from declip.evaluation.datasets import Dataset, open_dataset
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.interchange.read import loaded
+from declip.io.plugins import read_terms
 from declip.models.encoder import Encoder
 from declip.models.precision import Precision
 from declip.recipe.checks import check_tasks, load_for_training
@@ -26,6 +27,7 @@ from declip.recipe.schema import Recipe
 from declip.reports.comparison import write_page
 from declip.reports.run import write_report
 from declip.runs.folder import Run
+from declip.supervision.objective import Terms
 from declip.supervision.term import Term
 from declip.training import distributed
 from declip.training.assemble import assemble, held_out_sets
@@ -49,7 +51,7 @@ def train(
     data: str | Path | PairSource | Items | None = None,
     val: str | Path | PairSource | Items | Sequence[Any] = (),
     callbacks: Sequence[Sink] = (),
-    terms: Mapping[str, type[Term]] | None = None,
+    terms: Mapping[str, type[Term]] | str | Path | None = None,
     optimizer: OptimizerFactory | None = None,
     augment: Augment | None = None,
 ) -> Run:
@@ -67,7 +69,8 @@ def train(
         val: Evaluation sets, as names or Python objects: zero-shot classification if they have classes, retrieval if
             they have captions.
         callbacks: Objects that receive the numbers of logged steps and evaluations, see `declip.Sink`.
-        terms: Losses of your own by name; `loss_weights` sets their weights. Pass them again to resume.
+        terms: Losses of your own by name, or a Python file that ends with ``TERMS = {"NAME": YourTerm}``;
+            `loss_weights` sets their weights. Pass them again to resume.
         optimizer: Function that makes an optimizer from parameter groups, such as ``lambda groups:
             torch.optim.NAdam(groups)``; the recipe sets learning rate and weight decay. Pass it again to resume.
         augment: Function that changes each image view, (3, S, S) uint8, after its crop and before color jitter; its
@@ -90,12 +93,19 @@ def train(
     (source, *sets), sources = name_sources(data, *held_out_sets(val))
     loaded = load_for_training(recipe, overrides, source, sets, resume, sources)
     folder = Path(out).expanduser() if out is not None else Path("runs") / loaded.name
-    extensions = Extensions(callbacks, terms or {}, optimizer, augment, sources)
+    extensions = Extensions(callbacks, terms_of(terms), optimizer, augment, sources)
     state = assemble(loaded, folder, resume, extensions)
     finish = partial(write_report, held_out=state.held_out) if report else None
     run = Trainer(state, progress).train(finish)
     distributed.leave()
     return run
+
+
+def terms_of(given: Mapping[str, type[Term]] | str | Path | None) -> Terms:
+    """Losses by name, also those of a Python file."""
+    if isinstance(given, str | Path):
+        return read_terms(Path(given).expanduser())
+    return given or {}
 
 
 def evaluate(

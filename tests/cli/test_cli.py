@@ -14,6 +14,7 @@ from declip.api import train
 from declip.evaluation.held_out import HeldOutSets
 from declip.recipe.checks import load_for_training
 from declip.recipe.resolve import Facts, resolve
+from declip.runs.folder import read_rows
 from interchange.towers import build
 
 
@@ -122,6 +123,36 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):
     assert recipe.evaluation.retrieval == (str(both), str(table))
     assert recipe.evaluation.val == ()
     assert recipe.evaluation.final_zero_shot == (), "the demo's sets go with the demo's pairs"
+
+
+OWN = """
+from declip import Term
+
+
+class Spread(Term):
+    title = "spread"
+
+    def loss(self, own, keys, similarity, offset):
+        return (own.images[0] @ keys.images[0].T).exp().mean()
+
+
+TERMS = {"spread": Spread}
+"""
+
+
+def test_a_run_has_the_losses_of_a_file(table, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    Path("spread.py").write_text(OWN)
+    tree = tiny_tree(table) | {"loss_weights": {"contrastive": 1.0, "spread": 0.5}}
+    Path("mine.yaml").write_text(yaml.safe_dump(tree))
+    words = ("train", "mine.yaml", "train.steps=2", "train.log_every=1", "--out", "run", "--quiet")
+    assert "GiB of memory" in command(*words, "--terms", "spread.py", "--dry-run").out
+    done = command(*words, "--terms", "spread.py")
+    assert done.status == 0, done.err
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [*rows[0]["losses"]] == ["contrastive", "spread"]
+    without = command(*words, "--resume")
+    assert (without.status, "loss_weights.spread" in without.err) == (2, True)
 
 
 def test_recipes_are_listed_and_shown(command):

@@ -81,6 +81,9 @@ Precision = Annotated[
     Option(help="precision of the towers; auto: the fastest that the device supports"),
 ]
 Progress = Annotated[bool, Option(" /--quiet", show_default=False, help="show no progress")]
+Terms = Annotated[
+    Path | None, file("Python file of losses of your own, TERMS = {NAME: CLASS}", "--terms")
+]
 Resume = Annotated[bool, Option("--resume", help="continue the run in the run folder")]
 ImageColumn = Annotated[str, Option(help="table column of image paths")]
 CaptionColumn = Annotated[

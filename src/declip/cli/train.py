@@ -30,6 +30,7 @@ def train(
     out: Annotated[
         Path | None, file("run folder; default: runs/NAME, the name of the recipe", metavar="DIR")
     ] = None,
+    terms: opt.Terms = None,
     resume: opt.Resume = False,
     progress: opt.Progress = True,
     dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time")] = False,
@@ -43,9 +44,9 @@ def train(
         from declip.recipe.checks import load_for_training
         from declip.training.estimate import estimate
 
-        say(estimate(load_for_training(recipe, given, data, sets)))
+        say(estimate(load_for_training(recipe, given, data, sets), api.terms_of(terms)))
         return
-    run = api.train(recipe, given, out, resume, progress=progress, data=data, val=sets)
+    run = api.train(recipe, given, out, resume, progress=progress, data=data, val=sets, terms=terms)
     leave_unless_finished(run)
     _print_results(run)
     say(f"Report: {run.report}")
@@ -269,9 +270,7 @@ def compare(
     tune_on: Annotated[
         str | None, opt.source("set that chooses the values of --tune", "--tune-on")
     ] = None,
-    terms: Annotated[
-        Path | None, file("Python file of losses of your own, TERMS = {NAME: CLASS}")
-    ] = None,
+    terms: opt.Terms = None,
     progress: opt.Progress = True,
 ) -> None:
     """Compare recipes at several numbers of pairs.

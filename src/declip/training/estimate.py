@@ -17,15 +17,16 @@ from declip.io.text import duration, plural
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.resolve import Facts, resolve
 from declip.recipe.schema import Recipe
+from declip.supervision.objective import NO_TERMS, Terms
 from declip.training.assemble import assemble
 from declip.training.pairs import open_training_source
-from declip.training.state import RunState
+from declip.training.state import Extensions, RunState
 from declip.training.step import training_step
 
 TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each set
 
 
-def estimate(recipe: Recipe) -> str:
+def estimate(recipe: Recipe, terms: Terms = NO_TERMS) -> str:
     """Estimate the time and memory of the run of a recipe, in a sentence."""
     source = open_training_source(recipe)
     recipe = resolve(recipe, Facts(pairs=len(source)))
@@ -35,7 +36,7 @@ def estimate(recipe: Recipe) -> str:
     most_broken = max(0.5, recipe.data.max_broken_fraction)
     small = recipe.with_keys({"data.max_pairs": few, "data.max_broken_fraction": most_broken})
     with TemporaryDirectory() as folder:
-        state = assemble(small, Path(folder) / "run")
+        state = assemble(small, Path(folder) / "run", extensions=Extensions(terms=terms))
         steps = train.steps * fmean(step_seconds(state, 1, TIMED))
         sets = map(state.held_out.test, state.held_out.tasks(state.recipe, final=False))
         count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
