@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
@@ -26,11 +26,14 @@ IMAGE, CAPTION = "image", "caption"  # columns
 LONGEST_WAIT = 30  # seconds for which another process may hold the lock
 
 
+Cells = dict[str, str]  # by column
+
+
 class Row(NamedTuple):
-    """The lines of a row in the file, and its cells by column."""
+    """The lines of a row in the file, and its cells."""
 
     span: slice
-    cells: dict[str, str]
+    cells: Cells
 
     @property
     def caption(self) -> str:
@@ -65,12 +68,14 @@ class CaptionFile(NamedTuple):
         if _stamp(path) != stamp:
             raise UserError(f"'{path}' changes while it is read. Try again, or {HINT}.")
         # --- what training would leave out is refused
-        if any(list(table.columns).count(name) != 1 for name in (IMAGE, CAPTION)):
+        columns = [*table.columns]
+        if (columns.count(IMAGE), columns.count(CAPTION)) != (1, 1):
             raise UserError(
                 f"'{path}' needs one column image and one column caption. Add them, or {HINT}."
             )
         rows = []
-        ends = [*(number - 1 for number, _ in records), len(lines)][1:]
+        starts = [number - 1 for number, _ in records]
+        ends = [*starts, len(lines)][1:]
         for (number, cells), end in zip(records, ends, strict=True):
             fault = cells.detail if isinstance(cells, BrokenPair) else None
             if isinstance(cells, BrokenPair) or not all(map(is_unicode, cells.values())):
@@ -84,11 +89,12 @@ class CaptionFile(NamedTuple):
         return cls(stamp, lines, table.columns, table.delimiter, rows)
 
     def with_captions(
-        self, rows: Sequence[Row], captions: Sequence[str], new: Sequence[dict[str, str]]
+        self, rows: Sequence[Row], captions: Sequence[str], new: Sequence[Cells]
     ) -> bytes:
         """The content of the file with the captions in some rows, rising, and with new rows at its end."""
         lines = [*self.lines]
-        for (span, cells), text in reversed([*zip(rows, captions, strict=False)]):
+        changed = [*zip(rows, captions, strict=False)]
+        for (span, cells), text in reversed(changed):
             lines[span] = [self._encode({**cells, CAPTION: text})]
         if not lines[-1].endswith(b"\n"):
             lines.append(self._line_end)
@@ -98,11 +104,11 @@ class CaptionFile(NamedTuple):
     def _line_end(self) -> bytes:
         return b"\r\n" if self.lines[0].endswith(b"\r\n") else b"\n"
 
-    def _encode(self, cells: dict[str, str]) -> bytes:
-        line, end = io.StringIO(), self._line_end.decode()
-        csv.DictWriter(
-            line, self.columns, "", delimiter=self.delimiter, lineterminator=end
-        ).writerow(cells)
+    def _encode(self, cells: Cells) -> bytes:
+        line = io.StringIO()
+        form: Any = {"delimiter": self.delimiter, "lineterminator": self._line_end.decode()}
+        writer = csv.DictWriter(line, self.columns, restval="", **form)
+        writer.writerow(cells)
         return line.getvalue().encode()
 
 
@@ -177,21 +183,21 @@ class CaptionTable:
             if change.replaces >= len(known):
                 raise UserError("There is no such caption.")
             row = captioned[change.replaces]
-            new = [text for text in change.captions[:1] if text == row.caption or text not in known]
-            return file.with_captions([row], new or [""], [])
+            new = change.captions[0] if change.captions else ""
+            if new in known and new != row.caption:
+                new = ""
+            return file.with_captions([row], [new], [])
         # --- into rows without a caption, as `declip choose` writes them, then into new ones
         texts = [text for text in dict.fromkeys(change.captions) if text not in known]
         cell = image_cell(self.index, change.id, self.path.parent)
-        return file.with_captions(
-            empty, texts, [{IMAGE: cell, CAPTION: text} for text in texts[len(empty) :]]
-        )
+        new_rows = [{IMAGE: cell, CAPTION: text} for text in texts[len(empty) :]]
+        return file.with_captions(empty, texts, new_rows)
 
     def _known(self, file: CaptionFile) -> Iterator[tuple[int, Row]]:
         """The rows of images of the index, with their ids."""
+        folder = self.path.parent.absolute()
         for row in file.rows:
-            path = os.path.normpath(
-                self.path.parent.absolute() / os.path.expanduser(row.cells[IMAGE])
-            )
+            path = os.path.normpath(folder / os.path.expanduser(row.cells[IMAGE]))
             if (id := self._ids.get(path)) is not None:
                 yield id, row
 

@@ -5,7 +5,7 @@ import shlex
 import threading
 import time
 from contextlib import suppress
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,8 +115,8 @@ class Captioning:
         """The captions of other images that are nearest to an image, by the current projections."""
         # Not the names of ImageNet's classes: of drawings and of photographs most of these would be wrong.
         saved = self.captions.get(id, [])
-        texts = [text for own in self.captions.values() for text in own if text not in saved]
-        texts = list(dict.fromkeys(texts))
+        distinct = dict.fromkeys(chain(*self.captions.values()))
+        texts = [text for text in distinct if text not in saved]
         if not texts:
             return []
         image = self.state.index.vectors([id])
@@ -135,20 +135,21 @@ class Captioning:
             known = dict(self.captions)
             if len(known) < EVERY:
                 return
-            texts = [text for own in known.values() for text in own]
-            owners = torch.repeat_interleave(torch.tensor([len(own) for own in known.values()]))
-            pairs = Pairs(
-                self.state.index.vectors([*known]), self.state.text_vectors(texts), owners
-            )
+            texts = [*chain(*known.values())]
+            counts = torch.tensor([len(own) for own in known.values()])
+            images = self.state.index.vectors([*known])
+            features = self.state.text_vectors(texts)
+            pairs = Pairs(images, features, torch.repeat_interleave(counts))
             # Images with an equal first caption stay in one fold
-            groups = np.unique([own[0] for own in known.values()], return_inverse=True)[1]
+            firsts = [own[0] for own in known.values()]
+            groups = np.unique(firsts, return_inverse=True)[1]
             choice = choose_heads(pairs, groups, embedded=True)
             # --- not a recall, which depends on the number of images
             if choice.outcome is not None and choice.start is not None:
-                counts = {"images": len(known), "captions": len(texts)}
                 start = choice.start.percentile(groups).value
-                outcome = choice.outcome.percentile(groups)
-                self.estimates.append({**counts, **outcome._asdict(), "start": start})
+                outcome = choice.outcome.percentile(groups)._asdict()
+                sizes = {"images": len(known), "captions": len(texts)}
+                self.estimates.append({**sizes, **outcome, "start": start})
             self._heads = choice.heads
 
     def describe(self) -> dict[str, Any]:
@@ -168,15 +169,8 @@ class Captioning:
             source = os.path.relpath(source)
         number = next(number for number in count(1) if not _run_folder(name, number).exists())
         run = str(_run_folder(name, number))
-        finetune = [
-            "declip",
-            "finetune",
-            str(self.table.path),
-            "--from",
-            self.state.model_path,
-            "--out",
-            run,
-        ]
+        start, table = self.state.model_path, str(self.table.path)
+        finetune = ["declip", "finetune", table, "--from", start, "--out", run]
         return [shlex.join(finetune), shlex.join(["declip", "app", run, source])]
 
 

@@ -3,11 +3,13 @@
 import json
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, Field, RootModel
+from torch import Tensor
 
 from declip.app.requests import ImageId
 from declip.app.state import AppState
@@ -65,11 +67,7 @@ class Agreement(NamedTuple):
 def compare_captions(state: AppState) -> Agreement:
     """Compare each caption of an index with its image: by out-of-fold rank if there are any, else by cosine."""
     ranked = bool(state.ranks)
-    rows = (
-        [(id, caption, rank) for (id, caption), rank in state.ranks.items()]
-        if ranked
-        else [*_cosines(state)]
-    )
+    rows = [*_cosines(state)] if not ranked else [*_ranks(state)]
     values = np.array([value for _, _, value in rows], np.float32)
     # --- the worst first, and the share that is listed
     order = np.argsort(-values if ranked else values, kind="stable")
@@ -77,7 +75,13 @@ def compare_captions(state: AppState) -> Agreement:
     if ranked:
         limit = max(limit, LOWEST_RANK)
     ids = np.array([id for id, _, _ in rows])[order]
-    return Agreement(ids, [rows[row][1] for row in order.tolist()], values[order], ranked, limit)
+    captions = [rows[row][1] for row in order.tolist()]
+    return Agreement(ids, captions, values[order], ranked, limit)
+
+
+def _ranks(state: AppState) -> Iterator[tuple[int, str, float]]:
+    for (id, caption), rank in state.ranks.items():
+        yield id, caption, rank
 
 
 def _cosines(state: AppState) -> Iterator[tuple[int, str, float]]:
@@ -95,12 +99,14 @@ def _cosines(state: AppState) -> Iterator[tuple[int, str, float]]:
         ids, own = index.ids[start : start + BLOCK], captions[start : start + BLOCK]
         images = index.vectors(ids)
         texts = index.vectors(ids, "captions")  # the mean of an image's captions
-        several = [text for each in own if len(each) > 1 for text in each]
-        encoded = dict(zip(several, state.text_vectors(several), strict=True)) if several else {}
-        for row, (id, each) in enumerate(zip(ids.tolist(), own, strict=True)):
+        several = [*chain(*(each for each in own if len(each) > 1))]
+        encoded = dict[str, Tensor]()
+        if several:
+            encoded = dict(zip(several, state.text_vectors(several), strict=True))
+        for id, image, mean, each in zip(ids.tolist(), images, texts, own, strict=True):
             for caption in each:
-                text = encoded.get(caption, texts[row]) if len(each) > 1 else texts[row]
-                yield id, caption, float(images[row] @ text)
+                text = encoded[caption] if len(each) > 1 else mean
+                yield id, caption, float(image @ text)
 
 
 def disagreeing(state: AppState, asked: PairsQuestion) -> dict[str, Any]:
@@ -114,14 +120,16 @@ def disagreeing(state: AppState, asked: PairsQuestion) -> dict[str, Any]:
     beyond = int((values > limit if ranked else values < limit).sum())
     page = slice(asked.start, min(asked.start + PAGE, beyond))
     ids = agreement.ids[page]
-    shown = zip(state.describe(ids), agreement.captions[page], values[page].tolist(), strict=True)
-    rows = []
-    for row, caption, value in shown:
+    rows = state.describe(ids)
+    listed = zip(agreement.captions[page], values[page].tolist(), strict=True)
+    for row, (caption, value) in zip(rows, listed, strict=True):
         others = len(row["captions"]) - 1
-        rows.append({**row, "captions": [printable(caption)], "others": others, "value": value})
+        row |= {"captions": [printable(caption)], "others": others, "value": value}
     if not ranked and len(ids):
-        nearest = state.index.nearest(state.index.vectors(ids), 1, over="captions")[0].flatten()
-        for row, near in zip(rows, state.describe(nearest.numpy()), strict=True):
+        images = state.index.vectors(ids)
+        nearest, _ = state.index.nearest(images, 1, over="captions")
+        described = state.describe(nearest.flatten().numpy())
+        for row, near in zip(rows, described, strict=True):
             row["nearest"] = near["captions"][0]
     counts, edges = np.histogram(values, BARS)
     captioned = len(np.unique(agreement.ids))
@@ -150,17 +158,18 @@ class SimilarImages(NamedTuple):
         chosen = self.cosines >= threshold - ROUNDING
         if not chosen.any():
             return []
-        ids, nodes = np.unique(
-            np.stack([self.one[chosen], self.other[chosen]]), return_inverse=True
-        )
+        joined = np.stack([self.one[chosen], self.other[chosen]])
+        ids, nodes = np.unique(joined, return_inverse=True)
         edges = nodes.reshape(2, -1)  # numbers of ids, two for each pair
         label = components(len(ids), edges)
         largest = np.full(label.max() + 1, -np.inf, np.float32)
         np.maximum.at(largest, label[edges[0]], self.cosines[chosen])
-        split = np.split(ids[np.argsort(label, kind="stable")], np.cumsum(np.bincount(label))[:-1])
-        groups = [
-            (members.tolist(), float(top)) for members, top in zip(split, largest, strict=True)
-        ]
+        order = np.argsort(label, kind="stable")
+        ends = np.cumsum(np.bincount(label))
+        members = np.split(ids[order], ends[:-1])
+        groups = []
+        for own, top in zip(members, largest.tolist(), strict=True):
+            groups.append((own.tolist(), top))
         return sorted(groups, key=lambda group: (-group[1], group[0]))
 
 
@@ -176,9 +185,8 @@ def find_similar(state: AppState) -> SimilarImages:
         state.check_running()
         block = ids[start : start + QUERIES]
         # (q, NEAREST + 1) each, as every image is its own nearest
-        near, cosines = (
-            tensor.numpy() for tensor in index.nearest(index.vectors(block), NEAREST + 1)
-        )
+        found = index.nearest(index.vectors(block), NEAREST + 1)
+        near, cosines = found[0].numpy(), found[1].numpy()
         query_ids = np.repeat(block, near.shape[1]).reshape(near.shape)
         alike = (near != query_ids) & (cosines >= LOWEST)
         blocks.append((query_ids[alike], near[alike], cosines[alike]))
@@ -208,24 +216,24 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
     agreement: Agreement | None = state.compared.get(compare_captions)
     worst: dict[int, tuple[str, float | None]] = {}  # caption and cosine, by image
     if agreement is not None:
-        for id, caption, value in zip(
-            agreement.ids.tolist(), agreement.captions, agreement.values, strict=True
-        ):
-            worst.setdefault(id, (caption, None if agreement.ranked else float(value)))
+        ids, values = agreement.ids.tolist(), agreement.values.tolist()
+        for id, caption, value in zip(ids, agreement.captions, values, strict=True):
+            worst.setdefault(id, (caption, None if agreement.ranked else value))
     rows: dict[int, tuple[str, int, str, float | None, str]] = {}
-    for reason, ids in marked.root.items():
-        for row in index.rows(np.intersect1d(ids, index.ids)):
+    for reason, chosen in marked.root.items():
+        for row in index.rows(np.intersect1d(chosen, index.ids)):
             caption, cosine = worst.get(row.id, (row.caption, None))
             rows.setdefault(row.id, (row.key, row.index, reason, cosine, caption))
     if not rows:
         raise UserError("The list is empty.")
-    drop, rest = (
-        Path(os.path.relpath(f"{index.folder.resolve()}{end}"))
-        for end in (".drop.jsonl", LIST_KIND)
-    )
+    beside = os.path.relpath(index.folder.resolve())
+    drop, rest = Path(f"{beside}.drop.jsonl"), Path(f"{beside}{LIST_KIND}")
     with state.reading:
         names = ("key", "index", "reason", "cosine", "caption")
-        lines = (json.dumps(dict(zip(names, rows[id], strict=True))) + "\n" for id in sorted(rows))
+        lines = []
+        for id in sorted(rows):
+            cells = dict(zip(names, rows[id], strict=True))
+            lines.append(json.dumps(cells) + "\n")
         write_text(drop, "".join(lines), HINT)
         # --- the other pairs of the source
         if not saved.path:
@@ -240,5 +248,6 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
                 problem = f"'{source.name}' has changed since it was embedded"
                 place_now = f"its pair {place} is not '{printable(key)}'"
                 raise UserError(f"{problem}: {place_now}. Run the command again.")
-        count = write_others(rest, spec, columns, source, {place for _, place, *_ in rows.values()})
+        places = {place for _, place, *_ in rows.values()}
+        count = write_others(rest, spec, columns, source, places)
     return {"drop": str(drop), "rest": str(rest), "count": count}

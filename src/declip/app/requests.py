@@ -73,7 +73,8 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
-        self.app, self.names = app, {"localhost", host.lower(), socket.gethostname().lower()}
+        self.app = app
+        self.names = {"localhost", host.lower(), socket.gethostname().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""

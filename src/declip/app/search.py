@@ -39,13 +39,15 @@ class SearchQuestion(BaseModel):
 
 def search(state: AppState, asked: SearchQuestion) -> dict[str, Any]:
     """The images nearest to a text, an image, or both, and the classes of the image."""
-    started, answer = time.perf_counter(), dict[str, Any]()
+    started = time.perf_counter()
+    answer = dict[str, Any]()
     query = image = _image_vector(state, asked)
     if asked.classes:
         answer = _classify(state, asked, image)
     if asked.text:
-        text = state.query_vector(asked.text, asked.template)
-        query = text if image is None else mix(text, image, (asked.weight, 1 - asked.weight))
+        query = state.query_vector(asked.text, asked.template)
+        if image is not None:
+            query = mix(query, image, (asked.weight, 1 - asked.weight))
     if query is None:
         raise UserError("Enter a text, or choose an image.")
     where = parse_where([asked.where] if asked.where else [])
@@ -53,9 +55,9 @@ def search(state: AppState, asked: SearchQuestion) -> dict[str, Any]:
         hits = state.index.hits(
             query, asked.count, over=asked.over, where=where, group=asked.group or None
         )
-    answer["hits"] = []
-    for hit, row in zip(hits, state.describe([hit.id for hit in hits]), strict=True):
-        answer["hits"].append({**row, "cosine": hit.score, "copies": len(hit.copies)})
+    answer["hits"] = state.describe([hit.id for hit in hits])
+    for row, hit in zip(answer["hits"], hits, strict=True):
+        row |= {"cosine": hit.score, "copies": len(hit.copies)}
     answer["note"] = language_note(asked.text, state.index.text_model)
     answer["explained"] = bool(asked.text) and has_anchors(state.model_path)
     return {**answer, "images": len(state.index), "seconds": time.perf_counter() - started}
@@ -87,7 +89,9 @@ def _image_vector(state: AppState, asked: SearchQuestion) -> Tensor | None:
 def _classify(state: AppState, asked: SearchQuestion, image: Tensor | None) -> dict[str, Any]:
     """Probabilities of the classes, the largest first: the softmax of scaled cosines, as CLIP is trained."""
     names = read_classes(asked.classes)
-    count = len(names) * (len(read_templates(asked.template)[1]) if asked.template else 1)
+    count = len(names)
+    if asked.template:
+        count *= len(read_templates(asked.template)[1])
     if count > MOST_PROMPTS:
         limit = f"the limit is {MOST_PROMPTS:,}. `declip classify` has none."
         raise UserError(f"Classes times templates are {count:,} texts; {limit}")
@@ -96,9 +100,8 @@ def _classify(state: AppState, asked: SearchQuestion, image: Tensor | None) -> d
     cosines = state.text_vectors(names, asked.template) @ image
     scale = logit_scale(state.index.text_model)
     softmax = torch.softmax(scale * cosines.double(), dim=0)
-    order = softmax.argsort(descending=True, stable=True).tolist()
-    rows = [
-        {"name": names[i], "probability": float(softmax[i]), "cosine": float(cosines[i])}
-        for i in order
-    ]
+    rows = []
+    for i in softmax.argsort(descending=True, stable=True).tolist():
+        row = {"name": names[i], "probability": float(softmax[i])}
+        rows.append({**row, "cosine": float(cosines[i])})
     return {"classes": rows, "scale": scale}

@@ -66,7 +66,8 @@ def image(state: AppState, asked: ImageQuestion) -> Response:
 
 
 # Methods, address, parameters in the address or in a JSON object, and the function that answers.
-REQUESTS: tuple[tuple[str, str, type[BaseModel], Callable[..., Any]], ...] = (
+Answered = tuple[str, str, type[BaseModel], Callable[..., Any]]
+REQUESTS: tuple[Answered, ...] = (
     ("GET", "/images/{id}", ImageQuestion, image),
     ("GET POST", "/api/search", SearchQuestion, search),
     ("POST", "/api/why", WhyQuestion, why),
@@ -130,13 +131,9 @@ def _page(state: AppState, view: str, request: Request) -> Response:
         "view": view,
         "views": VIEWS if state.captioning else VIEWS[:-1],
         "state": state,
-    }
-    context |= {
         "info": state.index.info,
         "lowest": pairs.LOWEST,
         "largest_upload": LARGEST_UPLOAD >> 20,
-    }
-    context |= {
         "template_sets": prompt_names(),
         "examples": _examples(state) if view == "search" else [],
         "columns": state.index.column_names,
@@ -145,11 +142,14 @@ def _page(state: AppState, view: str, request: Request) -> Response:
 
 
 def _examples(state: AppState) -> list[str]:
-    ids = state.index.ids
-    rows = state.index.rows(
-        [ids[len(ids) * (2 * n + 1) // (2 * EXAMPLES)] for n in range(EXAMPLES)]
-    )
-    return list(dict.fromkeys(printable(row.caption)[:60] for row in rows if row.captions))
+    """Captions of images at equal distances."""
+    ids, captions = state.index.ids, dict[str, None]()
+    for number in range(EXAMPLES):
+        place = len(ids) * (2 * number + 1) // (2 * EXAMPLES)
+        row = state.index.row(ids[place])
+        if row.captions:
+            captions[printable(row.caption)[:60]] = None
+    return list(captions)
 
 
 def _answer_error(request: Request, error: Exception) -> Response:
@@ -158,7 +158,7 @@ def _answer_error(request: Request, error: Exception) -> Response:
         status, message = error.status_code, error.detail
     elif isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
-        message = ": ".join([*(str(part) for part in first["loc"]), first["msg"]])
+        message = ": ".join([*map(str, first["loc"]), first["msg"]])
     elif not isinstance(error, UserError):
         status, message = 500, "An unexpected error; see the terminal."
     if request.url.path.startswith("/api/"):

@@ -25,6 +25,8 @@ from declip.search.index import Index
 MOST_TEXTS = 20_000  # texts whose vectors stay in memory
 SHOWN_CAPTIONS = 5  # captions of an image that a page shows
 
+Ids = Sequence[int] | np.ndarray
+
 
 @dataclass(frozen=True, eq=False)
 class AppState:
@@ -54,9 +56,8 @@ class AppState:
         if not known:
             return {}
         ranks: dict[tuple[int, str], float] = {}
-        for id, key, captions in zip(
-            index.ids.tolist(), index.keys(), index.captions(), strict=True
-        ):
+        rows = zip(index.ids.tolist(), index.keys(), index.captions(), strict=True)
+        for id, key, captions in rows:
             for caption in captions:
                 if (key, caption) in known:
                     ranks[id, caption] = known[key, caption]
@@ -78,15 +79,16 @@ class AppState:
     def text_vectors(self, texts: Sequence[str], template: str = "") -> Tensor:
         """(t, d) float32 of length 1, the vectors of texts in a template or in those of a set; each is encoded once."""
         templates = read_templates(template)[1] if template else ["{}"]
+        keys = [(text, template) for text in texts]
         with self.encoding:
             if len(self.vectors) > MOST_TEXTS:
                 self.vectors.clear()
-            if new := [
-                text for text in dict.fromkeys(texts) if (text, template) not in self.vectors
-            ]:
-                features = class_features(self.index.text_model, new, templates)
-                self.vectors.update(zip(((text, template) for text in new), features, strict=True))
-            return torch.stack([self.vectors[text, template] for text in texts])
+            new = [key for key in dict.fromkeys(keys) if key not in self.vectors]
+            if new:
+                given = [text for text, _ in new]
+                features = class_features(self.index.text_model, given, templates)
+                self.vectors.update(zip(new, features, strict=True))
+            return torch.stack([self.vectors[key] for key in keys])
 
     def query_vector(self, text: str, template: str = "") -> Tensor:
         """(d,) float32 of length 1, the vector that a text is searched by."""
@@ -99,16 +101,13 @@ class AppState:
         with self.encoding:
             return self.index.query(None, image)
 
-    def describe(self, ids: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+    def describe(self, ids: Ids) -> list[dict[str, Any]]:
         """Images as a page shows them, without paths except the source's own key."""
-        return [
-            {
-                "id": row.id,
-                "key": printable(row.key),
-                "captions": [*map(printable, row.captions[:SHOWN_CAPTIONS])],
-            }
-            for row in self.index.rows(ids)
-        ]
+        shown = []
+        for row in self.index.rows(ids):
+            captions = [*map(printable, row.captions[:SHOWN_CAPTIONS])]
+            shown.append({"id": row.id, "key": printable(row.key), "captions": captions})
+        return shown
 
     def thumbnail(self, id: int, side: int) -> bytes:
         """A small copy of an image of the index as WebP."""

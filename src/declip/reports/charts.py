@@ -23,7 +23,8 @@ COLORS = (INK, "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 
 MARKERS = "so^DvP"
 DASHES = ("--", "-", ":", "-.")
-CHANCE: Any = {"color": QUIET, "linewidth": 1.3, "linestyle": (0, (1, 2)), "label": "chance"}
+DOTTED = (0, (1, 2))
+CHANCE: Any = {"color": QUIET, "linewidth": 1.3, "linestyle": DOTTED, "label": "chance"}
 
 VARIABLES = {color: f"--series-{number}" for number, color in enumerate(COLORS)}
 VARIABLES |= {INK: "--ink", QUIET: "--quiet", RULE: "--line"}
@@ -49,6 +50,8 @@ STYLE: Any = {
 }
 LEGEND_LETTERS = 24
 
+Lines = Mapping[str, Sequence[float]]  # values over the steps, by name
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -72,8 +75,9 @@ class Chart:
             self.figure().savefig(file, format="svg", transparent=True)
         text = file.getvalue()
         view = re.search(r'viewBox="[^"]*"', text)
+        text = text[text.index("<defs>") :]
         # The whole page's
-        text = re.sub(r"<style[^>]*>.*?</style>", "", text[text.index("<defs>") :], flags=re.DOTALL)
+        text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
         text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
         text = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 inherit", text)
         for color, variable in VARIABLES.items():
@@ -92,16 +96,20 @@ def value_chart(
         return None
     # Rare outliers would flatten the rest of the curve.
     low, high = np.percentile(values[finite], [0.5, 99.5])
-    smooth = smoothed(np.where(finite, values.clip(low, high), np.nan)) if noisy else values
-    low, high = min(low, smooth[finite].min()), max(high, smooth[finite].max())
+    smooth = values
+    if noisy:
+        smooth = smoothed(np.where(finite, values.clip(low, high), np.nan))
+    low = min(low, smooth[finite].min())
+    high = max(high, smooth[finite].max())
+    color = COLORS[1]
 
     def draw(ax: Axes) -> None:
         if noisy:
-            ax.plot(
-                steps, np.where(finite, values, np.nan), color=COLORS[1], linewidth=0.6, alpha=0.45
-            )
+            logged = np.where(finite, values, np.nan)
+            ax.plot(steps, logged, color=color, linewidth=0.6, alpha=0.45)
         shape = "o" if finite.sum() == 1 else "-"
-        ax.plot(steps, smooth, shape, color=COLORS[1], linewidth=1.9, markersize=4, label=name)
+        style: Any = {"color": color, "linewidth": 1.9, "markersize": 4}
+        ax.plot(steps, smooth, shape, label=name, **style)
         margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         ax.set_ylim(low - margin, high + margin)
         if len(steps) > 1:
@@ -113,15 +121,16 @@ def value_chart(
     return Chart(words, (3.3, 1.75), draw)
 
 
-def score_chart(lines: Mapping[str, Sequence[float]], steps: Sequence[int], chance: float) -> Chart:
+def score_chart(lines: Lines, steps: Sequence[int], chance: float) -> Chart:
     """Draw fractions over the steps, in %, with the chance level."""
-    top = 100 * max(chance, *(value for values in lines.values() for value in values), 1e-3)
+    top = 100 * max(chance, *map(max, lines.values()), 1e-3)
 
     def draw(ax: Axes) -> None:
         ax.axhline(100 * chance, **{**CHANCE, "label": f"chance {percent(chance)}"})
         for color, (name, values) in zip(COLORS[1:], lines.items()):  # noqa: B905
-            label, heights = f"{name} {percent(values[-1])}", 100 * np.array(values)
-            ax.plot(steps, heights, "o-", color=color, linewidth=1.8, markersize=3.5, label=label)
+            label = f"{name} {percent(values[-1])}"
+            style: Any = {"color": color, "linewidth": 1.8, "markersize": 3.5}
+            ax.plot(steps, 100 * np.array(values), "o-", label=label, **style)
         ax.set_ylim(0, 1.06 * top)
         ax.set_xlim(left=0)
         _over_steps(ax)
@@ -162,7 +171,8 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     sums = np.stack([np.where(finite, values, 0.0), finite])
     for _ in range(3):  # nearly a Gaussian filter, in linear time
         sums = uniform_filter1d(sums, max(3, len(values) // 15), mode="constant")
-    return np.where(finite, sums[0] / np.maximum(sums[1], 1e-12), np.nan)
+    means = sums[0] / np.maximum(sums[1], 1e-12)
+    return np.where(finite, means, np.nan)
 
 
 def legend(ax: Axes) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,7 +51,11 @@ def context(outcome: Outcome) -> dict[str, Any]:
     # The first measure is the headline: factors are computed for it alone.
     study, curves, facts = outcome.study, outcome.curves(), outcome.facts
     headline = next(iter(facts), "")
-    factors = compared_factors(study, curves[headline]) if headline else {}
+    factors: Mapping[str, Factor | None] = {}
+    near: Sequence[int] = []
+    if headline:
+        factors = compared_factors(study, curves[headline])
+        near = near_chance(curves[headline][study.baseline], facts[headline].headline)
     return {
         "study": study,
         "outcome": outcome,
@@ -58,9 +63,7 @@ def context(outcome: Outcome) -> dict[str, Any]:
         "facts": facts,
         "headline": headline,
         "factors": factors,
-        "near_chance": near_chance(curves[headline][study.baseline], facts[headline].headline)
-        if headline
-        else [],
+        "near_chance": near,
         "variants_table": variants_table(study),
         "measures_table": measures_table(facts),
         "failures_table": failures_table(outcome.failures),
@@ -105,11 +108,12 @@ def measures_table(facts: Mapping[str, Result]) -> Table:
 
 def scores_table(study: Study, measure: str, curves: Curves) -> Table:
     """Variant by number of pairs: mean over the seeds, its interval, and the number of seeds."""
-    rows = tuple(
-        (name, *(_score(curves[name], pairs) for pairs in study.pairs)) for name in study.names
-    )
+    rows = []
+    for name in study.names:
+        scores = [_score(curves[name], pairs) for pairs in study.pairs]
+        rows.append((name, *scores))
     columns = ("variant", *(f"{pairs:,} pairs" for pairs in study.pairs))
-    return Table(f"{measure}: mean ± 95 % interval in % (seeds)", columns, rows)
+    return Table(f"{measure}: mean ± 95 % interval in % (seeds)", columns, tuple(rows))
 
 
 def _score(curve: EfficiencyCurve, pairs: int) -> str:
@@ -117,8 +121,12 @@ def _score(curve: EfficiencyCurve, pairs: int) -> str:
     if pairs not in curve.pairs:
         return NONE
     at = curve.pairs.index(pairs)
-    value, half = percent(float(curve.means[at])).removesuffix(" %"), curve.half_widths[at]
-    interval = "" if np.isnan(half) else f" ± {100 * half:.{len(value.partition('.')[2])}f}"
+    value = percent(float(curve.means[at])).removesuffix(" %")
+    half = curve.half_widths[at]
+    interval = ""
+    if not np.isnan(half):
+        digits = len(value.partition(".")[2])
+        interval = f" ± {100 * half:.{digits}f}"
     return f"{value}{interval} ({len(curve.values[at])})"
 
 
@@ -177,13 +185,15 @@ def curve_chart(study: Study, curves: Curves, measure: str, chance: float) -> Ch
     """Draw the curves of one measure; the baseline comes first."""
     names = [study.baseline, *(name for name in study.names if name != study.baseline)]
     # The axis includes every value, and intervals only as far as the curves stay readable.
-    highest = max(
-        [chance, *(value for curve in curves.values() for row in curve.values for value in row)]
-    )
-    ends = [end for curve in curves.values() for end in curve.means + curve.half_widths]
+    values, ends = [chance], [chance]
+    for curve in curves.values():
+        values += chain(*curve.values)
+        ends += [*(curve.means + curve.half_widths)]
+    highest = max(values)
     top = 1.06 * min(np.nanmax([highest, *ends]), 1.3 * highest) or 0.01
     unit = measure.rpartition(": ")[2]
-    return pairs_chart(unit, {name: curves[name] for name in names}, study.pairs, chance, top)
+    ordered = {name: curves[name] for name in names}
+    return pairs_chart(unit, ordered, study.pairs, chance, top)
 
 
 def pairs_chart(
@@ -198,43 +208,40 @@ def pairs_chart(
     The baseline comes first; empty curves are skipped.
     """
     # --- positions: lines are shifted slightly against each other, in log(pairs), so that bars do not overlap
-    logs, shown = np.log(pairs), {name: curve for name, curve in curves.items() if curve.pairs}
-    step = min(
-        [0.02 * (1.12 * (logs[-1] - logs[0]) or 1.0), *0.8 * np.diff(logs) / max(len(shown), 1)]
-    )
-    margin = (
-        max(0.06 * (logs[-1] - logs[0]), 0.6 * step * (len(shown) + 1)) if len(pairs) > 1 else 0.5
-    )
+    logs = np.log(pairs)
+    width = logs[-1] - logs[0]
+    shown = {name: curve for name, curve in curves.items() if curve.pairs}
+    widest = 0.8 * np.diff(logs) / max(len(shown), 1)
+    step = min([0.02 * (1.12 * width or 1.0), *widest])
+    margin = 0.5
+    if len(pairs) > 1:
+        margin = max(0.06 * width, 0.6 * step * (len(shown) + 1))
 
     def draw(ax: Axes) -> None:
         over_pairs(ax, pairs)
         ax.set(xlabel="distinct pairs", ylabel=f"{unit}, %", ylim=(0, 100 * top))
-        ax.set_xlim(np.exp(logs[0] - margin), np.exp(logs[-1] + margin))
+        left, right = logs[0] - margin, logs[-1] + margin
+        ax.set_xlim(np.exp(left), np.exp(right))
         ax.axhline(100 * chance, **CHANCE)
         for number, name in enumerate(curves):
             if (curve := shown.get(name)) is None:
                 continue
-            x = np.array(curve.pairs) * np.exp(step * (number - (len(curves) - 1) / 2))
+            shift = number - (len(curves) - 1) / 2
+            x = np.array(curve.pairs) * np.exp(step * shift)
             style: Any = {
+                # The space: matplotlib ignores labels that start with "_".
+                "label": f" {name}",
                 "color": COLORS[number % len(COLORS)],
                 "fmt": MARKERS[number % len(MARKERS)],
-            }
-            style |= {
                 "linestyle": DASHES[number % len(DASHES)],
+                "linewidth": 1.8,
                 "elinewidth": 1,
                 "capsize": 2.5,
                 "markersize": 5,
             }
-            # The space: matplotlib ignores labels that start with "_".
-            ax.errorbar(
-                x,
-                100 * curve.means,
-                100 * curve.half_widths,
-                linewidth=1.8,
-                label=f" {name}",
-                **style,
-            )
-            across = np.repeat(x * np.exp(step / 2), [len(values) for values in curve.values])
+            ax.errorbar(x, 100 * curve.means, 100 * curve.half_widths, **style)
+            counts = [len(values) for values in curve.values]
+            across = np.repeat(x * np.exp(step / 2), counts)
             seeds = 100 * np.concatenate(curve.values)
             ax.plot(across, seeds, ".", color=style["color"], markersize=3.5, alpha=0.7)
         legend(ax)

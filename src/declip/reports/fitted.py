@@ -18,7 +18,8 @@ from declip.reports.retrieval import encode_set, retrieval
 from declip.reports.tables import compared_table, mixture_lines, skipped_table
 from declip.runs.fitted import FittedRun
 
-LEAST_GAIN = 0.01  # of the percentile: where the interval ends below it, more pairs would not show a useful gain
+# Of the percentile: where the interval ends below it, more pairs would not show a useful gain
+LEAST_GAIN = 0.01
 MOST_TIMES = 10  # times as many pairs, up to which their number is stated
 
 
@@ -68,7 +69,11 @@ def place_of(percentile: Mapping[str, float] | None) -> int | None:
 
 
 def write_fitted_report(
-    run: FittedRun, name: str, facts: Mapping[str, str], held_out: Dataset | None, model: Encoder
+    run: FittedRun,
+    name: str,
+    facts: Mapping[str, str],
+    held_out: Dataset | None,
+    model: Encoder,
 ) -> Path:
     """Write report.html into the folder of a fit, from its files.
 
@@ -79,7 +84,9 @@ def write_fitted_report(
     """
     grown = run.cross_validation.get("growth", {})
     queries = run.facts.get("queries")
-    encoded = None if held_out is None else encode_set(partial(held_out.split, "test"), model)
+    encoded = None
+    if held_out is not None:
+        encoded = encode_set(partial(held_out.split, "test"), model)
     source = run.facts["source"]
     credits = [source["credit"]]
     if encoded is not None:

@@ -32,9 +32,11 @@ def page(inspection: Inspection) -> str:
 def summary(it: Inspection) -> Group:
     """Format the inspection for the terminal: numbers first, findings last."""
     extent = f"  {render('extent.txt', it=it)} {it.seconds:.1f} s."
-    parts: list[Any] = [Text(sanitize(it.name), "bold").append(extent, "not bold")]
+    title = Text(sanitize(it.name), "bold")
+    parts: list[Any] = [title.append(extent, "not bold")]
     for table in tables(it).values():
-        parts += [Text(f"\n{table.caption}", "bold"), rich_table(table)] if table.rows else []
+        if table.rows:
+            parts += [Text(f"\n{table.caption}", "bold"), rich_table(table)]
     parts.append(Text("\nFindings", "bold"))
     for finding, text, advice in sentences(it):
         line = RichTable.grid()
@@ -47,36 +49,36 @@ def summary(it: Inspection) -> Group:
 def sentences(inspection: Inspection) -> list[tuple[Finding, str, str]]:
     """Each finding with its result and its advice."""
     module = environment(plain_text=True).get_template("findings.txt").module
-    filled = [
-        (each, str(getattr(module, each.rule)(each, inspection)).split("\n"))
-        for each in inspection.findings
-    ]
-    return [
-        (each, sanitize(lines[0], 400), sanitize(lines[-1].strip(), 400)) for each, lines in filled
-    ]
+    found = []
+    for finding in inspection.findings:
+        fill = getattr(module, finding.rule)
+        lines = str(fill(finding, inspection)).split("\n")
+        result, advice = lines[0], lines[-1].strip()
+        found.append((finding, sanitize(result, 400), sanitize(advice, 400)))
+    return found
 
 
 def tables(it: Inspection) -> dict[str, Table]:
     """All tables by name; empty ones are not shown."""
-    reasons = tuple(
-        (name, f"{row['count']:,}", _keys(row["examples"], row["count"]))
-        for name, row in sorted(it.reasons.items(), key=lambda item: -item[1]["count"])
-    )
-    leaks = tuple(
-        (
-            leak.name,
-            f"{leak.images:,}",
-            fraction(leak.matches),
-            _keys([key for key, _ in leak.copies], leak.matches.count),
-        )
-        for leak in it.leakages
-    )
+    reasons = []
+    for name, row in sorted(it.reasons.items(), key=_frequency):
+        reasons.append((name, f"{row['count']:,}", _keys(row["examples"], row["count"])))
+    leaks = []
+    for leak in it.leakages:
+        copies = _keys([key for key, _ in leak.copies], leak.matches.count)
+        leaks.append((leak.name, f"{leak.images:,}", fraction(leak.matches), copies))
     columns = ("set", "its images", "pairs", "keys")
     return {
         **(_statistics(it) if it.usable else {}),
-        "reasons": Table("Pairs that cannot be used", ("reason", "pairs", "such as"), reasons, 3),
-        "leakages": Table("Images similar to those of a checked set", columns, leaks, 4),
+        "reasons": Table(
+            "Pairs that cannot be used", ("reason", "pairs", "such as"), tuple(reasons), 3
+        ),
+        "leakages": Table("Images similar to those of a checked set", columns, tuple(leaks), 4),
     }
+
+
+def _frequency(reason: tuple[str, Any]) -> int:
+    return -int(reason[1]["count"])
 
 
 def _statistics(it: Inspection) -> dict[str, Table]:
@@ -130,12 +132,14 @@ def _spread(name: str, spread: Spread, form: str = "{:,.0f}") -> tuple[str, ...]
 def fraction(each: Fraction) -> str:
     """Format a fraction as "3.1 %", with its interval if a sample was read."""
     text = percent(each.fraction)
-    return (
-        text if each.low == each.high else f"{text} ({percent(each.low)} to {percent(each.high)})"
-    )
+    if each.low == each.high:
+        return text
+    return f"{text} ({percent(each.low)} to {percent(each.high)})"
 
 
 def _keys(some: Sequence[str], count: int) -> str:
     """List the first keys and the number of others."""
     listed = [sanitize(key, 120) for key in some[:5]]
-    return ", ".join(listed) + (f" and {count - len(listed):,} more" if count > len(listed) else "")
+    others = count - len(listed)
+    more = f" and {others:,} more" if others > 0 else ""
+    return ", ".join(listed) + more

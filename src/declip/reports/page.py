@@ -3,7 +3,7 @@
 import datetime
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.markup import escape
@@ -29,12 +29,16 @@ class Table:
 def points(fraction: float) -> str:
     """Format a difference in percentage points with its sign: "−2.1", "+0.35"."""
     value = 100 * fraction
-    return f"{value:+.{1 if abs(value) >= 1 else 2}f}".replace("-", "−")
+    digits = 1 if abs(value) >= 1 else 2
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def span(low: float, high: float) -> str:
     """Format an interval: "1.10 to 1.80", or with far ends, as from few seeds, "0.0012 to 1.6e+05"."""
-    return " to ".join(f"{end:.2f}" if 0.1 <= end < 100 else f"{end:.2g}" for end in (low, high))
+    ends = []
+    for end in (low, high):
+        ends.append(f"{end:.2f}" if 0.1 <= end < 100 else f"{end:.2g}")
+    return " to ".join(ends)
 
 
 @cache
@@ -72,10 +76,10 @@ def render(template: str, **context: Any) -> str:
 def rich_table(table: Table) -> RichTable:
     """Convert to a table of rich; text of the data is escaped."""
     printed = RichTable(box=None, header_style="dim", show_header=bool(table.columns))
-    for column, name in enumerate(table.columns or ("",) * len(table.rows[0])):
-        printed.add_column(
-            escape(name), justify="left" if column < table.texts else "right", overflow="fold"
-        )
+    names = table.columns or ("",) * len(table.rows[0])
+    for column, name in enumerate(names):
+        side: Literal["left", "right"] = "left" if column < table.texts else "right"
+        printed.add_column(escape(name), justify=side, overflow="fold")
     for row in table.rows:
-        printed.add_row(*(escape(word) for word in row))
+        printed.add_row(*map(escape, row))
     return printed

@@ -23,8 +23,9 @@ def encode_set(
     """Encode up to `limit` pairs of a source; None with a warning if it cannot be read."""
     try:
         source = open_source()
-        rows = np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64)
-        features = encode_source(model, source, indices=rows.tolist())
+        count = min(limit, len(source))
+        rows = np.linspace(0, len(source) - 1, count).round()
+        features = encode_source(model, source, indices=rows.astype(np.int64).tolist())
     except UserError as error:
         log.warning("The report shows no retrieved images: %s", error)
         return None
@@ -49,22 +50,21 @@ def retrieval(
     # --- random captions of distinct images, first those that rank their image first
     chosen: dict[int, int] = {}  # image → one of its captions
     for group in (np.flatnonzero(rank == 1), np.flatnonzero(rank > 1)):
-        by_image = {int(features.image_rows[row]): row for row in rng.permutation(group).tolist()}
-        chosen |= dict(
-            [(image, row) for image, row in by_image.items() if image not in chosen][:each]
-        )
+        by_image = dict[int, int]()
+        for row in rng.permutation(group).tolist():
+            by_image[int(features.image_rows[row])] = row
+        others = [image for image in by_image if image not in chosen]
+        chosen |= {image: by_image[image] for image in others[:each]}
     # --- the nearest images of each
     queries = []
     for row in chosen.values():
-        # (SHOWN,)
-        nearest = (features.images @ features.texts[row]).topk(min(SHOWN, len(features))).indices
-        hits = [
-            {
-                "caption": features.captions[i][0],
-                "image": thumbnails(int(indices[i])),
-                "correct": i in correct[row],
-            }
-            for i in nearest.tolist()
-        ]
-        queries.append({"caption": captions[row], "hits": hits, "rank": int(rank[row])})
+        similarities = features.images @ features.texts[row]
+        nearest = similarities.topk(min(SHOWN, len(features))).indices
+        hits = []
+        for i in nearest.tolist():
+            image = thumbnails(int(indices[i]))
+            caption = features.captions[i][0]
+            hits.append({"caption": caption, "image": image, "correct": i in correct[row]})
+        caption = captions[row]
+        queries.append({"caption": caption, "hits": hits, "rank": int(rank[row])})
     return queries, float(np.mean(rank == 1))

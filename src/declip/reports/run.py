@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from declip.evaluation.held_out import HeldOutSets
-from declip.evaluation.results import RetrievalResult, ZeroShotResult, short_names
+from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult, short_names
 from declip.io.atomic import write_text
-from declip.io.text import percent
 from declip.models.encoder import Encoder
 from declip.reports.charts import score_chart, value_chart
-from declip.reports.page import NONE, Table, points, render
+from declip.reports.page import NONE, Table, render
 from declip.reports.retrieval import encode_set, retrieval
-from declip.reports.tables import measure_cells, mixture_lines, skipped_table
+from declip.reports.tables import (
+    CHANGE,
+    COLUMNS,
+    change_cells,
+    measure_cells,
+    mixture_lines,
+    skipped_table,
+)
 from declip.runs.folder import Run, read_run
 
 NAME = "report.html"
@@ -22,11 +28,6 @@ PROGRESS = {
     "grad_norm": ("gradient norm", True),
 }
 """Logged quantities besides the losses: their titles, and whether they are noisy."""
-
-SHOWN = 5  # candidates of a query
-# Of the percentile; if the interval ends below it, more pairs show no useful gain
-LEAST_GAIN = 0.01
-MOST_TIMES = 10  # times as many pairs, up to which their number is stated
 
 
 def write_report(
@@ -53,6 +54,9 @@ def write_report(
     if dataset and embeds:
         sets = held_out or HeldOutSets(run.recipe)
         encoded = encode_set(partial(sets.test, dataset), model, limit)
+    progress = []
+    for key, (title, noisy) in PROGRESS.items():
+        progress.append(_curve(run, title, key, noisy=noisy))
     source = run.examples.get("source")
     credits = (source and source["credit"], encoded and encoded["source"].credit)
     content = render(
@@ -67,7 +71,7 @@ def write_report(
         results_table=measures_table(run),
         mixture=mixture_lines(run.mixture),
         losses=loss_charts(run) if run.metrics else [],
-        progress=[_curve(run, title, key, noisy=noisy) for key, (title, noisy) in PROGRESS.items()],
+        progress=progress,
         accuracy=accuracy_charts(run),
         skipped_table=skipped_table(run.skipped),
         held_out=encoded,
@@ -79,60 +83,46 @@ def write_report(
 
 def measures_table(run: Run) -> Table:
     """List the last evaluation of each set, one measure a row; for a fine-tuned run also the values at its start."""
-    names, rows = short_names(row.result.dataset for row in run.evaluated), []
+    names = short_names(row.result.dataset for row in run.evaluated)
     # A fine-tuned run was also evaluated at its start, as step 0.
-    started = {
-        (row.result.dataset, row.result.task): row.result for row in run.evaluated if row.step == 0
-    }
+    started = dict[tuple[str, str], Result]()
+    for row in run.evaluated:
+        if row.step == 0:
+            started[row.result.dataset, row.result.task] = row.result
+    rows = []
     for row in run.last():
-        result, first = row.result, started.get((row.result.dataset, row.result.task))
-        before = {measure.name: measure.value for measure in first.measures()} if first else {}
+        result, step = row.result, f"{row.weights:,}"
+        name, first = names[result.dataset], started.get((result.dataset, result.task))
+        before = dict[str, float]()
+        if first is not None:
+            before = {measure.name: measure.value for measure in first.measures()}
         for measure in result.measures():
-            start = before.get(measure.name)
-            change = (
-                (NONE, NONE) if start is None else (percent(start), points(measure.value - start))
-            )
-            rows.append(
-                (names[result.dataset], *measure_cells(measure), f"{row.weights:,}", *change)
-            )
+            change = change_cells(measure.value, before.get(measure.name))
+            rows.append((name, *measure_cells(measure), step, *change))
         if isinstance(result, RetrievalResult) and result.loss is not None:
-            old = (
-                f"{first.loss:.3f}"
-                if isinstance(first, RetrievalResult) and first.loss is not None
-                else NONE
-            )
-            numbers = (
-                f"{result.loss:.3f}",
-                NONE,
-                NONE,
-                f"{result.images:,}",
-                f"{row.weights:,}",
-                old,
-                NONE,
-            )
-            rows.append((names[result.dataset], "validation loss", *numbers))
-    columns = (
-        "set",
-        "measure",
-        "value",
-        "chance",
-        "× chance",
-        "n",
-        "step",
-        "before",
-        "change, points",
-    )
-    shown = len(columns) if started else -2
-    return Table(
-        "All last evaluations", columns[:shown], tuple(row[:shown] for row in rows), texts=2
-    )
+            measure_and_chance = (name, "validation loss", _loss(result), NONE, NONE)
+            rows.append((*measure_and_chance, f"{result.images:,}", step, _loss(first), NONE))
+    columns = (*COLUMNS, "step", *CHANGE)
+    shown = len(columns) if started else len(columns) - len(CHANGE)
+    cells = tuple(row[:shown] for row in rows)
+    return Table("All last evaluations", columns[:shown], cells, texts=2)
+
+
+def _loss(result: Result | None) -> str:
+    """Format the loss on a validation set."""
+    if isinstance(result, RetrievalResult) and result.loss is not None:
+        return f"{result.loss:.3f}"
+    return NONE
 
 
 def loss_charts(run: Run) -> list[dict[str, Any]]:
     """Draw the total and each loss."""
     charts = [_curve(run, "total", "loss", "The weighted sum, which training minimizes.")]
     facts, weights = run.examples.get("losses", {}), run.recipe.loss_weights
-    for name in dict.fromkeys(name for row in run.metrics for name in row.get("losses", {})):
+    names = dict[str, None]()
+    for row in run.metrics:
+        names.update(dict.fromkeys(row.get("losses", {})))
+    for name in names:
         known = facts.get(name, {"title": name, "explanation": "", "chance": None})
         notes = [known["explanation"]] if known["explanation"] else []
         if name in weights:
@@ -152,18 +142,18 @@ def accuracy_charts(run: Run) -> list[dict[str, Any]]:
         last = rows[-1].result
         if len(rows) < 2 or not isinstance(last, ZeroShotResult | RetrievalResult):
             continue
-        shown = (
-            ("top-1", "top-5")
-            if isinstance(last, ZeroShotResult)
-            else ("text → image R@1", "image → text R@1")
-        )
-        every = [{measure.name: measure for measure in row.result.measures()} for row in rows]
-        lines = {
-            name.removesuffix(" R@1"): [measures[name].value for measures in every]
-            for name in shown
-        }
-        first = every[-1][shown[0]]
-        svg = score_chart(lines, [row.step for row in rows], first.chance).svg(f"accuracy-{number}")
+        shown = ("text → image R@1", "image → text R@1")
+        if isinstance(last, ZeroShotResult):
+            shown = ("top-1", "top-5")
+        lines = dict[str, list[float]]()
+        for row in rows:
+            measures = {measure.name: measure for measure in row.result.measures()}
+            for name in shown:
+                line = lines.setdefault(name.removesuffix(" R@1"), [])
+                line.append(measures[name].value)
+        first = measures[shown[0]]
+        steps = [row.step for row in rows]
+        svg = score_chart(lines, steps, first.chance).svg(f"accuracy-{number}")
         explanation = f"{names[last.dataset]}, n = {first.n:,}"
         charts.append({"title": last.task, "svg": svg, "explanation": explanation})
     return charts

@@ -1,6 +1,7 @@
 """Contact sheets of a search."""
 
 from collections.abc import Sequence
+from math import ceil
 from textwrap import wrap
 
 from matplotlib.font_manager import findfont
@@ -31,11 +32,12 @@ def search_sheet(
 
     DejaVu Sans, which matplotlib ships, lacks the scripts of East and South Asia. `image` is that of the query, if any.
     """
+    rows = ceil(len(hits) / COLUMNS)
     width = 2 * MARGIN + COLUMNS * (SIDE + GAP) - GAP
-    paper = Image.new(
-        "RGB", (width, 2 * MARGIN + HEAD + -(-len(hits) // COLUMNS) * CELL - GAP), PAPER
-    )
-    pen, left, path = ImageDraw.Draw(paper), MARGIN, findfont("DejaVu Sans")
+    height = 2 * MARGIN + HEAD + rows * CELL - GAP
+    paper = Image.new("RGB", (width, height), PAPER)
+    pen, left = ImageDraw.Draw(paper), MARGIN
+    path = findfont("DejaVu Sans")
     large, small = ImageFont.truetype(path, 22), ImageFont.truetype(path, 13)
     if image is not None:
         _paste(paper, pen, image, MARGIN, MARGIN, HEAD - GAP)
@@ -45,14 +47,16 @@ def search_sheet(
     pen.text((left, MARGIN + 27), sanitize(text), QUIET, small)
     for number, hit in enumerate(hits):
         row, column = divmod(number, COLUMNS)
-        left, top = MARGIN + column * (SIDE + GAP), MARGIN + HEAD + row * CELL
+        left = MARGIN + column * (SIDE + GAP)
+        top = MARGIN + HEAD + row * CELL
         _paste(paper, pen, _read(index, hit), left, top, SIDE)
         caption = sanitize(f"{hit.score:.3f}  {hit.caption or hit.key}")
         most = LINES - bool(hit.copies)
         lines = wrap(caption, LETTERS, max_lines=most, placeholder="…")
         if hit.copies:
             lines.append(f"and {len(hit.copies):,} more")
-        pen.text((left, top + SIDE + 5), "\n".join(lines), INK, small, spacing=2)
+        below = (left, top + SIDE + 5)
+        pen.text(below, "\n".join(lines), INK, small, spacing=2)
     return paper
 
 
@@ -68,8 +72,16 @@ def _read(index: Index, hit: Hit) -> Image.Image:
 
 
 def _paste(
-    paper: Image.Image, pen: ImageDraw.ImageDraw, image: Image.Image, left: int, top: int, side: int
+    paper: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    image: Image.Image,
+    left: int,
+    top: int,
+    side: int,
 ) -> None:
-    pen.rectangle((left - 1, top - 1, left + side, top + side), fill="white", outline=FRAME)
+    """Draw an image into the middle of a framed square."""
+    frame = (left - 1, top - 1, left + side, top + side)
+    pen.rectangle(frame, fill="white", outline=FRAME)
     small = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
-    paper.paste(small, (left + (side - small.width) // 2, top + (side - small.height) // 2))
+    across, down = (side - small.width) // 2, (side - small.height) // 2
+    paper.paste(small, (left + across, top + down))

@@ -7,12 +7,16 @@ from declip.evaluation.results import Measure, Result, RetrievalResult, ZeroShot
 from declip.io.text import percent, round_two_digits
 from declip.reports.page import NONE, Table, points, render
 
+COLUMNS = ("set", "measure", "value", "chance", "× chance", "n")
+CHANGE = ("before", "change, points")  # see `change_cells`
+
 
 def skipped_table(skipped: Mapping[str, Any] | None) -> Table:
     """List why pairs were skipped, the most frequent reason first."""
     reasons = (skipped or {}).get("reasons", {})
     rows = []
-    for reason, row in sorted(reasons.items(), key=lambda item: -item[1]["count"]):
+    for reason in sorted(reasons, key=lambda reason: -reasons[reason]["count"]):
+        row = reasons[reason]
         rows.append((reason, ", ".join(row["examples"]), f"{row['count']:,}"))
     return Table("Skipped pairs", ("reason", "for example", "times"), tuple(rows), texts=2)
 
@@ -36,36 +40,38 @@ def compared_table(results: Sequence[Result], before: Sequence[Result]) -> Table
     for result in results:
         for measure in result.measures():
             cells = (names[result.dataset], *measure_cells(measure))
-            start = starts.get((result.dataset, result.task, measure.name))
-            if start is not None:
-                cells += (percent(start), points(measure.value - start))
-            elif starts:
-                cells += (NONE, NONE)
+            if starts:
+                start = starts.get((result.dataset, result.task, measure.name))
+                cells += change_cells(measure.value, start)
             rows.append(cells)
-    columns = ["set", "measure", "value", "chance", "× chance", "n"]
-    if starts:
-        columns += ["before", "change, points"]
-    return Table("Validation sets", tuple(columns), tuple(rows), texts=2)
+    columns = (*COLUMNS, *CHANGE) if starts else COLUMNS
+    return Table("Validation sets", columns, tuple(rows), texts=2)
 
 
 def results_table(results: Sequence[Result]) -> Table:
     """List every score of some results, and the numbers of skipped pairs and truncated captions."""
-    names, rows = short_names(result.dataset for result in results), []
+    names = short_names(result.dataset for result in results)
+    rows = list[tuple[str, ...]]()
     for result in results:
-        rows += [(names[result.dataset], *measure_cells(measure)) for measure in result.measures()]
+        name = names[result.dataset]
+        for measure in result.measures():
+            rows.append((name, *measure_cells(measure)))
         notes = dict(result.skipped)
         if isinstance(result, RetrievalResult):
             notes["captions longer than the model's context"] = result.truncated_captions
         if isinstance(result, ZeroShotResult) and result.by_tokens:
             notes["images whose patches were compared with words"] = result.n
-        rows += [
-            (names[result.dataset], note, NONE, NONE, NONE, f"{count:,}")
-            for note, count in notes.items()
-            if count
-        ]
-    return Table(
-        "Results", ("set", "measure", "value", "chance", "× chance", "n"), tuple(rows), texts=2
-    )
+        for note, count in notes.items():
+            if count:
+                rows.append((name, note, NONE, NONE, NONE, f"{count:,}"))
+    return Table("Results", COLUMNS, tuple(rows), texts=2)
+
+
+def change_cells(value: float, start: float | None) -> tuple[str, str]:
+    """The value at the start, and the difference in points."""
+    if start is None:
+        return NONE, NONE
+    return percent(start), points(value - start)
 
 
 def measure_cells(measure: Measure) -> tuple[str, ...]:
