@@ -8,7 +8,7 @@ from typing import Any
 from declip.comparison import runner
 from declip.comparison.outcome import Outcome
 from declip.comparison.study import Study
-from declip.comparison.tuning import Grid, tuned
+from declip.comparison.tuning import Grid, tune_study
 from declip.data.columns import DEFAULT, Columns
 from declip.data.loader import Augment
 from declip.data.pair import PairSource
@@ -97,7 +97,7 @@ def train(
     state = assemble(loaded, folder, resume, extensions)
     finish = partial(write_report, held_out=state.held_out) if report else None
     run = Trainer(state, progress).train(finish)
-    distributed.leave()
+    distributed.destroy_distributed()
     return run
 
 
@@ -239,7 +239,7 @@ def compare(
         budget=budget,
     ).with_terms(terms)
     if grid is not None:
-        study = tuned(study, grid, out, progress)
+        study = tune_study(study, grid, out, progress)
     outcome = runner.run(study, out, progress)
     write_page(outcome, Path(out).expanduser())
     return outcome

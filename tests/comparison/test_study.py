@@ -11,7 +11,7 @@ from comparison.synthetic import outcome, study
 from conftest import refuses
 from declip.comparison import tuning
 from declip.comparison.outcome import EfficiencyCurve, curve_of, factor, pairs_needed
-from declip.comparison.study import Study, Trial, Variant, extended, read_study
+from declip.comparison.study import Study, Trial, Variant, extend_study, read_study
 from declip.recipe.checks import read_counts
 
 STUDY = Study(
@@ -49,7 +49,7 @@ def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measur
     more = replace(STUDY, variants=(*STUDY.variants, slip), pairs=(800,), seeds=(2,))
     timed = tuple(replace(variant, steps=70, seconds=0.1) for variant in STUDY.variants)
     _write(replace(STUDY, variants=timed), tmp_path)
-    found = extended(more, tmp_path)
+    found = extend_study(more, tmp_path)
     assert [variant.name for variant in found.variants] == ["clip", "declip", "slip"]
     assert (found.pairs, found.seeds) == ((200, 400, 800), (0, 1, 2))
     assert found.variants == (*timed, slip)
@@ -69,7 +69,7 @@ def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measur
 )
 def test_a_later_call_for_something_else_is_refused(change, named, tmp_path):
     _write(STUDY, tmp_path)
-    refuses(named, extended, replace(STUDY, **change), tmp_path)
+    refuses(named, extend_study, replace(STUDY, **change), tmp_path)
 
 
 def test_numbers_of_pairs():
@@ -218,7 +218,7 @@ def test_tuning_takes_the_most_pairs_and_one_seed_and_warns_at_either_edge(monke
     monkeypatch.setattr(tuning.runner, "run", run)
     plan = study(("clip", "declip", "slip"), budget="compute")
     grid = tuning.Grid.of("train.lr=0.001,0.002,0.004", "validation")
-    chosen = tuning.tuned(plan, grid, "out")
+    chosen = tuning.tune_study(plan, grid, "out")
     assert {each.name: each.overrides["train.lr"] for each in chosen.variants} == best
     assert all(each.resolve().train.lr == float(best[each.name]) for each in chosen.variants)
     assert replace(chosen, variants=plan.variants) == plan
@@ -233,11 +233,11 @@ def test_a_study_keeps_the_file_of_losses_that_a_later_call_brings(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("TERMS = {'first': 1}", encoding="utf-8")
     _write(STUDY, tmp_path)
-    with_losses = extended(STUDY.with_terms(file), tmp_path)
+    with_losses = extend_study(STUDY.with_terms(file), tmp_path)
     assert with_losses.terms == {"first": 1}
     (tmp_path / "study.json").write_text(json.dumps(with_losses.to_dict()), encoding="utf-8")
-    kept = extended(STUDY, tmp_path)  # a call without them
+    kept = extend_study(STUDY, tmp_path)  # a call without them
     assert (kept.terms, kept.terms_file) == ({}, with_losses.terms_file)
     file.write_text("TERMS = {'first': 2}", encoding="utf-8")
     changed = STUDY.with_terms(file)
-    refuses(r"losses were own.py \(\w+\), now own.py \(\w+\)", extended, changed, tmp_path)
+    refuses(r"losses were own.py \(\w+\), now own.py \(\w+\)", extend_study, changed, tmp_path)

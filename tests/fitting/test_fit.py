@@ -548,7 +548,9 @@ def test_a_set_to_keep_without_images_is_refused_before_the_fit(folder, tmp_path
 def fitted_here(folder, out):
     """Fit in one of several processes, see `fitted`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("declip.training.distributed.leave", lambda: None)  # which the test does
+        patch.setattr(
+            "declip.training.distributed.destroy_distributed", lambda: None
+        )  # which the test does
         run = fitted(folder, out)
     return run.finished, run.is_rank_zero
 

@@ -47,10 +47,10 @@ def of(keys, **train_keys):
 def _meet_twice(rank, folder):
     os.environ["RANK"] = str(rank)
     for number in range(2):
-        distributed.meet("cpu")
+        distributed.init_distributed("cpu")
         total = torch.tensor([float(rank + number)])
         torch.distributed.all_reduce(total)
-        distributed.leave()
+        distributed.destroy_distributed()
         Path(folder, f"{rank}-{number}").write_text(f"{total.item():g}")
 
 

@@ -21,7 +21,7 @@ from declip.recipe.schema import ImageTowerConfig
 from declip.runs.folder import EVALUATIONS, METRICS, Run, read_rows
 from declip.training.assemble import auto_workers
 from declip.training.examples import view_sheet
-from declip.training.sinks import RunInfo, Sink, monitored
+from declip.training.sinks import RunInfo, Sink, open_monitor
 from declip.training.warnings import FLAT_AFTER, LossMonitor, ThroughputMonitor
 from text_encoders import bert
 
@@ -35,7 +35,7 @@ def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path):
         "by_way": {"text": math.nan},
     }
     for start in (0, 1):  # resuming reads the rows and writes them again
-        with monitored(RunInfo(tmp_path, start, 2, 8, progress=False)) as monitor:
+        with open_monitor(RunInfo(tmp_path, start, 2, 8, progress=False)) as monitor:
             if not start:
                 monitor.log(
                     1, {"loss": math.nan, "contrastive": math.inf, "grad_norm": 2.0}, 0.1, 14.0
@@ -52,7 +52,7 @@ def test_numbers_that_are_not_finite_are_null_in_every_row(tmp_path):
 def test_time_and_samples_leave_out_evaluations_and_nothing_else(tmp_path, monkeypatch):
     clock = iter([0.0, 5.0, 6.0, 7.0, 17.0, 18.0, 19.0])
     monkeypatch.setattr("declip.training.sinks.time.perf_counter", lambda: next(clock))
-    with monitored(RunInfo(tmp_path, 2, 6, 8, progress=False)) as monitor:
+    with open_monitor(RunInfo(tmp_path, 2, 6, 8, progress=False)) as monitor:
         monitor.restart_timer()  # at 5, after an evaluation before the first step
         monitor.count()  # 1 s, at 6; read again at 7
         monitor.restart_timer()  # at 17
@@ -65,7 +65,7 @@ def test_a_failing_sink_closes_those_before_it(tmp_path):
     first, failing = Mock(Sink), Mock(Sink, start=Mock(side_effect=OSError))
     with (
         pytest.raises(OSError),
-        monitored(RunInfo(tmp_path, 0, 2, 8, progress=False), [first, failing]),
+        open_monitor(RunInfo(tmp_path, 0, 2, 8, progress=False), [first, failing]),
     ):
         pass
     assert first.close.called

@@ -13,7 +13,7 @@ from conftest import refuses
 from declip.api import train
 from declip.recipe import schema
 from declip.runs.folder import METRICS, TRACKING, read_rows
-from declip.training.sinks import RunInfo, monitored
+from declip.training.sinks import RunInfo, open_monitor
 from declip.training.trackers import AUTO, TRACKERS, trackers_of
 from training.starts import recipe_for
 
@@ -22,7 +22,7 @@ def written(folder, report_to, starts=(0, 2)):
     """Steps of loss 10, 20, 30, 40 in two parts: a run that ended after its third step is resumed after its second."""
     (folder / "recipe.yaml").write_text("train: {lr: 0.5}\nloss_weights: {contrastive: 1.0}\n")
     for start in starts:
-        with monitored(
+        with open_monitor(
             RunInfo(folder, start, 4, 8, progress=False), trackers_of(report_to)
         ) as monitor:
             for step in range(start + 1, min(start + 3, 4) + 1):
@@ -102,7 +102,7 @@ def test_wandb_goes_online_where_the_user_asks_and_continues_its_run(tmp_path, m
     assert [step for step, loss in rows if loss] == [1, 2, 3, 3, 4]
     with (
         pytest.raises(KeyError),
-        monitored(RunInfo(tmp_path, 4, 5, 8, progress=False), trackers_of(["wandb"])),
+        open_monitor(RunInfo(tmp_path, 4, 5, 8, progress=False), trackers_of(["wandb"])),
     ):
         raise KeyError
     assert module.ended == [0, 0, 1]

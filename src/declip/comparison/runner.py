@@ -25,7 +25,7 @@ from rich.progress import (
 )
 
 from declip.comparison.outcome import FAILURE, RESULT, RUNS, Outcome, folder_of, read_outcome
-from declip.comparison.study import BUDGETS, STUDY, Study, Trial, extended
+from declip.comparison.study import BUDGETS, STUDY, Study, Trial, extend_study
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.protocols import Options, check_dataset, evaluate_all
@@ -68,7 +68,7 @@ def run(study: Study, out: str | Path, progress: bool = True) -> Outcome:
         The outcome, which is also in results.json; `complete` is False after Ctrl-C.
     """
     folder = Path(out).expanduser()
-    check(extended(study, folder))
+    check(extend_study(study, folder))
     study = open_folder(study, folder, progress)
     # --- the trials that are left; those that failed are tried again
     left = [trial for trial in study.trials() if not (folder_of(folder, trial) / RESULT).is_file()]
@@ -154,7 +154,7 @@ def open_folder(study: Study, folder: Path, progress: bool = False) -> Study:
             f"'{folder}' is not empty and has no comparison. Choose another folder with --out."
         )
     with file_lock(folder / ".plan.lock"):
-        study = extended(study, folder)
+        study = extend_study(study, folder)
         study.check_names()
         if study.budget == "compute":
             study = _timed(study, progress)

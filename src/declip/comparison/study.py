@@ -187,7 +187,7 @@ def read_study(folder: Path) -> Study | None:
         ) from error
 
 
-def extended(study: Study, folder: Path) -> Study:
+def extend_study(study: Study, folder: Path) -> Study:
     """Add the variants, pairs and seeds of a new call to the study in a folder, if there is one."""
     earlier = read_study(folder)
     if earlier is None:

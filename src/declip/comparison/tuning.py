@@ -36,7 +36,7 @@ class Grid:
         return cls(key, values, dataset)
 
 
-def tuned(study: Study, grid: Grid, out: str | Path, progress: bool = True) -> Study:
+def tune_study(study: Study, grid: Grid, out: str | Path, progress: bool = True) -> Study:
     """Choose a value for each recipe with the largest number of pairs and the first seed, and return the study with it.
 
     The runs are a comparison of their own in the folder OUT-tuning, and are repeated by no later call.

@@ -32,7 +32,7 @@ class Share:
         """This process's batches, consecutive ones, so that every batch is the same as in one process."""
         return batches
 
-    def gathered(self, work: Callable[[], T]) -> list[T]:
+    def gather_parts(self, work: Callable[[], T]) -> list[T]:
         """Do this process's part; return the parts of all processes in order, or raise the error of any of them."""
         return [work()]
 
@@ -129,7 +129,7 @@ def text_features(
                 parts.append(_finite(features.cpu(), "text"))
         return parts
 
-    parts = list(chain(*how.share.gathered(encode_own)))
+    parts = list(chain(*how.share.gather_parts(encode_own)))
     rows = torch.tensor([row_of[text] for text in texts], dtype=torch.int64)
     return torch.cat(parts)[rows]
 
@@ -167,7 +167,7 @@ def encode_source(
         return list(encode_batches(model, source, read_row, own, how.workers, how.progress, encode))
 
     rows, parts, skipped = list[Any](), list[Tensor](), SkipCounter()
-    for features, read, broken in chain(*how.share.gathered(encode_own)):
+    for features, read, broken in chain(*how.share.gather_parts(encode_own)):
         skipped.merge(broken)
         if read:
             parts.append(features)

@@ -120,7 +120,7 @@ def class_tokens(
                 parts.append(mean / mean.norm(dim=(1, 2), keepdim=True))
         return parts
 
-    return torch.cat(list(chain(*how.share.gathered(encode_own))))
+    return torch.cat(list(chain(*how.share.gather_parts(encode_own))))
 
 
 def classify(

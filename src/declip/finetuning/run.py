@@ -99,7 +99,7 @@ def run_request(
 ) -> Run | FittedRun:
     """Fine-tune as `finetune` does; `sources` are the Python objects that the request names."""
     folder = FINETUNED if out is None else Path(out).expanduser()
-    hosts = distributed.meet(request.keys.get("train.device", "auto"))[1]
+    hosts = distributed.init_distributed(request.keys.get("train.device", "auto"))[1]
     start = Start(request)
     # Heads are fitted by rank 0 alone, in seconds
     fitted = hosts.on_rank_zero(partial(_fit_heads, start, folder, resume, progress, sources))
@@ -107,7 +107,7 @@ def run_request(
         run: Run | FittedRun = _train_towers(start, folder, resume, progress, sources, hosts)
     else:
         run = replace(fitted, is_rank_zero=distributed.is_rank_zero())
-    distributed.leave()
+    distributed.destroy_distributed()
     return run
 
 

@@ -17,7 +17,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.encoder import Encoder
 from declip.recipe.schema import Recipe
 from declip.runs import folder as run_folder
-from declip.runs.checkpoint import prefixed
+from declip.runs.checkpoint import with_prefix
 from declip.runs.folder import log
 from declip.training.pretrained import load_pretrained
 
@@ -69,7 +69,7 @@ def mix_with_start(
     mixed = interpolate(start, end, best) if best < 1 else None
     if mixed is not None:
         with atomic_write(folder / run_folder.MIXED) as temporary:
-            save_tensors(prefixed("model", mixed.state_dict()), temporary)
+            save_tensors(with_prefix("model", mixed.state_dict()), temporary)
         for result in held_out.measure(mixed, held_out.tasks(run.recipe, final=True), progress):
             row = {"step": run.step, "best_step": run.best_step, **result.to_dict()}
             run_folder.append_row(folder / run_folder.EVALUATIONS, row)

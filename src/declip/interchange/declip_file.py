@@ -15,7 +15,7 @@ from declip.io.atomic import save_tensors
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.runs.checkpoint import prefixed, without_prefix
+from declip.runs.checkpoint import with_prefix, without_prefix
 
 FILE = "declip.safetensors"
 RECIPE, VERSION = "declip.recipe", "declip.version"  # keys of the metadata
@@ -64,7 +64,9 @@ def write_declip_file(
     """Write a model, as "model.…" tensors, and heads of losses, as "objective.…" tensors."""
     heads = heads or (model.token_scorer.heads if model.token_scorer else {})
     write_part(
-        prefixed("model", model.state_dict()) | prefixed("objective", heads), model.recipe, path
+        with_prefix("model", model.state_dict()) | with_prefix("objective", heads),
+        model.recipe,
+        path,
     )
 
 

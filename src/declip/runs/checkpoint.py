@@ -219,7 +219,7 @@ def load_best(run: Path) -> Checkpoint:
     return chosen
 
 
-def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add a prefix to every name."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 

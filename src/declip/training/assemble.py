@@ -68,7 +68,7 @@ def assemble(
     extensions: Extensions = NO_EXTENSIONS,
 ) -> RunState:
     """Build the state of a recipe's run, or of the run in the folder, to continue it; see `declip.train`."""
-    device, hosts = distributed.meet(recipe.train.device)
+    device, hosts = distributed.init_distributed(recipe.train.device)
     set_up(device, recipe.train)
     # --- pretrained weights, pairs and held-out sets
     weights = load_pretrained(recipe, folder, resume, extensions.start)

@@ -56,7 +56,7 @@ def launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def meet(name: str) -> "tuple[torch.device, HostGroup]":
+def init_distributed(name: str) -> "tuple[torch.device, HostGroup]":
     """Join torchrun's processes, if it started this one; return this rank's device and the coordination of ranks.
 
     Under torchrun the devices "auto" and "cuda" are "cuda:LOCAL_RANK". Groups use NCCL for CUDA, gloo otherwise.
@@ -78,7 +78,7 @@ def meet(name: str) -> "tuple[torch.device, HostGroup]":
     return device, HostGroup()
 
 
-def leave() -> None:
+def destroy_distributed() -> None:
     """End the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -115,7 +115,7 @@ def from_ranks(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def added(values: Tensor) -> Tensor:
+def sum_over_ranks(values: Tensor) -> Tensor:
     """Add up over ranks in place, without gradient."""
     if world_size() > 1:
         dist.all_reduce(values)
@@ -125,7 +125,7 @@ def added(values: Tensor) -> Tensor:
 @torch.no_grad()
 def average(values: Tensor) -> Tensor:
     """Average over ranks in place, without gradient."""
-    return added(values).div_(world_size())
+    return sum_over_ranks(values).div_(world_size())
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class HostGroup(Share):
         end = len(batches) * (rank() + 1) // world_size()
         return batches[first:end]
 
-    def gathered(self, work: Callable[[], T]) -> list[T]:
+    def gather_parts(self, work: Callable[[], T]) -> list[T]:
         """Do this rank's part, and return the parts of all ranks in their order.
 
         The error of any rank is raised on rank 0; the others exit quietly with the same status.

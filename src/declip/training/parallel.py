@@ -298,7 +298,7 @@ class _Normalized(torch.autograd.Function):
         # --- sums of this rank, which are the gradients of bias and weight, then of all ranks
         of_bias = gradient.sum(axes)
         of_weight = (gradient * unit).sum(axes)
-        means = distributed.added(torch.cat([of_bias, of_weight])) / count
+        means = distributed.sum_over_ranks(torch.cat([of_bias, of_weight])) / count
         mean_gradient, mean_product = means.view(2, -1)
         # --- of the values
         centered = gradient - mean_gradient.view(shape)

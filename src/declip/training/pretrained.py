@@ -25,7 +25,7 @@ from declip.models.layers import (
     keep_in_evaluation,
 )
 from declip.recipe.schema import FineTuning, LoRA, Recipe
-from declip.runs.checkpoint import prefixed
+from declip.runs.checkpoint import with_prefix
 from declip.runs.folder import KEPT
 from declip.supervision.objective import Objective, without_run_state
 from declip.training.optimizer import LrMultiplier
@@ -120,8 +120,8 @@ def _kept_tensors(
     resampled = any(tensor.shape != state[name].shape for name, tensor in start.tensors.items())
     if not resampled and is_published(start.origin):
         return {}
-    kept = prefixed("model", {name: state[name].clone() for name in loaded})
-    return kept | prefixed("objective", {name: of_heads[name].clone() for name in heads})
+    kept = with_prefix("model", {name: state[name].clone() for name in loaded})
+    return kept | with_prefix("objective", {name: of_heads[name].clone() for name in heads})
 
 
 def _load_heads(start: Weights, objective: Objective) -> set[str]:

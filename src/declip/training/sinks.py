@@ -159,7 +159,7 @@ class Bar(Sink):
 
 
 @contextmanager
-def monitored(
+def open_monitor(
     info: RunInfo, more: Sequence[Sink] = (), silent: bool = False
 ) -> Iterator["Monitor"]:
     """Open a run's files, bar and `more` sinks; nothing where `silent`, as on every rank but the first."""

@@ -25,7 +25,7 @@ from declip.interchange.weights import Weights
 from declip.models.device import random_states, set_random_states
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Evaluation, Recipe
-from declip.runs.checkpoint import Checkpoint, prefixed, without_prefix
+from declip.runs.checkpoint import Checkpoint, with_prefix, without_prefix
 from declip.runs.folder import log
 from declip.supervision.objective import NO_TERMS, Objective, Terms
 from declip.training import distributed
@@ -145,7 +145,7 @@ def collect(state: RunState) -> Checkpoint | None:
     if not (rank_zero or state.sharded):
         return None
     tensors = unwrap(state.learner).state_dict()  # "model.…" and "objective.…"
-    tensors |= prefixed("optimizer", moments(state.optimizer))
+    tensors |= with_prefix("optimizer", moments(state.optimizer))
     weights, training = dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in tensors.items():
         part = weights if name.startswith("model.") else training
@@ -153,9 +153,9 @@ def collect(state: RunState) -> Checkpoint | None:
     if not rank_zero:
         return None
     for rank, states in enumerate(generators):  # "random.0.cpu" and so on
-        training |= prefixed(f"random.{rank}", states)
+        training |= with_prefix(f"random.{rank}", states)
     for rank, tensors in enumerate(others):  # rank 0's are among the objective's
-        training |= prefixed(f"process.{rank}", tensors)
+        training |= with_prefix(f"process.{rank}", tensors)
     seen = progress.step * state.recipe.train.batch_size
     skipped = {**progress.skipped.to_dict(), "seen": seen}
     extra: dict[str, Any] = {

@@ -30,7 +30,7 @@ from declip.training.distributed import StepSync
 from declip.training.examples import write_examples
 from declip.training.optimizer import group_lr, learning_rate
 from declip.training.signals import TRY_AGAIN, StopRequest
-from declip.training.sinks import Monitor, RunInfo, Sink, monitored
+from declip.training.sinks import Monitor, RunInfo, Sink, open_monitor
 from declip.training.state import BestEvaluation, RunState, collect, load_weights
 from declip.training.step import training_step
 from declip.training.trackers import trackers_of
@@ -79,7 +79,7 @@ class Trainer:
             sinks: list[Sink] = []
             if self.is_rank_zero:
                 sinks = [*trackers_of(train.report_to), *state.extensions.callbacks]
-            with monitored(self.info, sinks, not self.is_rank_zero) as monitor, self.writer:
+            with open_monitor(self.info, sinks, not self.is_rank_zero) as monitor, self.writer:
                 # Other ranks wait here for the start of slow sinks.
                 self.calls_user = state.hosts.on_rank_zero(lambda: bool(state.extensions.callbacks))
                 if not self.finished:
