@@ -147,17 +147,15 @@ def evaluate(
         8
     """
     check_tasks((task,), shots, templates)
+    if not isinstance(shots, int | None):
+        raise UserError(f"shots is {shots}. Pass one number, such as shots=4.")
     options = Options(
         templates=templates,
-        shots=shots or 4,
+        shots=(shots or 4,),
         batch_size=batch_size,
         workers=workers,
         progress=progress,
     )
-    if len(options.numbers_of_shots) > 1:
-        raise UserError(
-            "declip.evaluate returns one result. Pass one number of shots, such as shots=4."
-        )
     return evaluate_sets(
         model,
         [dataset],

@@ -155,12 +155,12 @@ def test_the_protocol_gives_names_and_images(model, painted):
         "colors",
         {"train": lambda: train, "test": lambda: painted(colors * 2, classes=colors, broken=[5])},
     )
-    (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=2, progress=False))
+    (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=(2,), progress=False))
     assert (result.top1, result.names_top1, result.n, result.shots) == (1.0, 1.0, 5, 2)
     assert result.skipped == {"truncated image": 2}, "of both splits"
     assert result.measures()[0].name == "2 shots, top-1"
     assert read_result(result.to_dict()) == result
-    refuses("shots", Options, shots=0)
+    refuses("shots", Options, shots=(0,))
     refuses("batch_size", Options, batch_size=0)
     refuses(
         r"train split.*few-shot",
@@ -177,7 +177,7 @@ def test_the_protocol_equals_a_loop_over_draws(model, painted):
     train.class_names = test.class_names = names
     train.colors[::6] = ["blue"] * 4  # half of the images of the first class
     dataset = Dataset("colors", {"train": lambda: train, "test": lambda: test})
-    (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=2, progress=False))
+    (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=(2,), progress=False))
     seen, tested = (
         encode_source(as_encoder(model), source, texts=False).images for source in (train, test)
     )

@@ -201,7 +201,7 @@ def evaluate(
     check_tasks((task,), shots, templates)
     how: dict[str, Any] = {"device": reading.pop("device"), "precision": precision}
     columns = reading.pop("columns")
-    options = Options(templates=templates, shots=shots or 4, **reading)
+    options = Options(templates=templates, shots=shots or [4], **reading)
     suite = next((name for name in datasets if name.startswith(PREFIX)), None)
     if suite is None:
         how |= {"label_column": label_column, "columns": columns}

@@ -7,6 +7,7 @@ cross-validation.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -83,7 +84,8 @@ class FewShotHead:
 
     def scores(self, images: Tensor) -> Tensor:
         """(n, C), before the softmax, of features (n, v + d)."""
-        return centered(images.to(self.weight), self.center, self.width) @ self.weight.mT
+        features = centered(images.to(self.weight), self.center, self.width)
+        return features @ self.weight.mT
 
 
 def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
@@ -93,13 +95,16 @@ def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
 
         def both(pixels: Tensor) -> Tensor:
             features = tower(normalized(model, pixels).to(next(tower.parameters()).dtype))
-            sides = features.pre_logits, features.pooled
-            return torch.cat([normalize(side.float(), dim=-1) for side in sides], dim=-1)
+            before = normalize(features.pre_logits.float(), dim=-1)
+            embedded = normalize(features.pooled.float(), dim=-1)
+            return torch.cat([before, embedded], dim=-1)
 
-        return lambda pixels: chunked(both, pixels), model.image_tower.pre_logits_width
-    return lambda pixels: chunked(
-        lambda part: model.encode_image(normalized(model, part)), pixels
-    ), 0
+        return partial(chunked, both), model.image_tower.pre_logits_width
+
+    def embed(pixels: Tensor) -> Tensor:
+        return model.encode_image(normalized(model, pixels))
+
+    return partial(chunked, embed), 0
 
 
 def halves(images: Tensor, width: int) -> Tensor:
@@ -107,18 +112,20 @@ def halves(images: Tensor, width: int) -> Tensor:
     # Roots are worth half a point of top-1: few large activations count less.
     before, embedded = images[:, :width], images[:, width:]
     if width:
-        before = torch.where(
-            before.amin(dim=1, keepdim=True) >= 0, before.clamp(min=0).sqrt(), before
-        )
+        rectified = before.amin(dim=1, keepdim=True) >= 0
+        before = torch.where(rectified, before.clamp(min=0).sqrt(), before)
+    return _joined(before, embedded)
+
+
+def _joined(before: Tensor, embedded: Tensor) -> Tensor:
+    """(n, v + d), both with length 1."""
     return torch.cat([normalize(before, dim=-1), normalize(embedded, dim=-1)], dim=1)
 
 
 def centered(images: Tensor, center: Tensor, width: int) -> Tensor:
     """(n, v + d), the directions of both halves from the center."""
     moved = halves(images, width) - center
-    return torch.cat(
-        [normalize(moved[:, :width], dim=-1), normalize(moved[:, width:], dim=-1)], dim=1
-    )
+    return _joined(moved[:, :width], moved[:, width:])
 
 
 def center_of(examples: Examples) -> Tensor:
@@ -198,7 +205,8 @@ def fit_mixture(examples: Examples, mixture: Mixture) -> FewShotHead:
     """Add the regressions of a mixture: as all are linear in the same features, their sum is one linear classifier."""
     center = center_of(examples)
     weights = fit_forms(examples, center, mixture)
-    weight = torch.stack([factor * weights[form] for form, factor in mixture.items()]).sum(dim=0)
+    parts = [factor * weights[form] for form, factor in mixture.items()]
+    weight = torch.stack(parts).sum(dim=0)
     return FewShotHead(weight.contiguous(), center, examples.width, mixture)
 
 
@@ -251,7 +259,8 @@ def fit_few_shot(
         out = ~kept & measured
         fold_factors = mixture_factors(scores[:, kept], some.labels[kept])
         mixed = torch.einsum("f,fnc->nc", fold_factors, scores[:, out])
-        right += int((mixed.argmax(dim=1) == some.labels[out]).sum())
+        correct = mixed.argmax(dim=1) == some.labels[out]
+        right += int(correct.sum())
         fitted += int(out.sum()) * int(kept.sum())
     tested = int(measured.sum())
     shots = fitted / tested / len(some.labels.unique())
@@ -272,7 +281,8 @@ def measured_images(labels: Tensor, folds: Tensor) -> Tensor:
 
 def class_folds(labels: Tensor, groups: np.ndarray, seed: int = 0) -> Tensor:
     """(n,) the fold of each group of images, at random; the groups of each class are spread over all folds."""
-    rng, folds = np.random.default_rng(seed), np.zeros(len(labels), np.int64)
+    rng = np.random.default_rng(seed)
+    folds = np.zeros(len(labels), np.int64)
     _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
     # A group of several classes counts for its first
     for rows in by_class(labels.numpy()[first][numbers]):
@@ -289,7 +299,8 @@ def cross_validate(examples: Examples, forms: Iterable[FewShotForm], folds: Tens
         center = center_of(examples.take(~out))
         images = centered(examples.images[out], center, examples.width)
         weights = fit_forms(examples.take(~out), center, forms)
-        scores[:, out] = torch.stack([images @ weights[form].mT for form in forms])
+        by_form = [images @ weights[form].mT for form in forms]
+        scores[:, out] = torch.stack(by_form)
     return scores
 
 

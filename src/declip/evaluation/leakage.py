@@ -41,14 +41,14 @@ def leaking_column(
     Returns:
         Of several columns, the one with most values; None if there is none.
     """
-    centered = normalize(images.float() - images.float().mean(dim=0), dim=-1)
+    images = images.float()
+    centered = normalize(images - images.mean(dim=0), dim=-1)
     found = dict[str, int]()
     for column, numbers in source.other_columns(indices).items():
         values = len(np.unique(numbers[numbers != 0]))
-        if (
-            values > classes
-            and _alike(centered, numbers, groups, np.random.default_rng(seed)) >= ALIKE
-        ):
+        if values <= classes:
+            continue
+        if _alike(centered, numbers, groups, np.random.default_rng(seed)) >= ALIKE:
             found[column] = values
     return max(found, key=found.__getitem__, default=None)
 
@@ -60,12 +60,13 @@ def _alike(
     # --- some of the values, each with all of its images; 0 is no value
     named = np.flatnonzero(numbers)
     values = np.unique(numbers[named], return_inverse=True)[1]
-    rows = named[
-        np.argsort(rng.permutation(values.max(initial=0) + 1)[values], kind="stable")[:MOST]
-    ]
-    values, own = (np.unique(each[rows], return_inverse=True)[1] for each in (numbers, groups))
+    order = rng.permutation(values.max(initial=0) + 1)
+    rows = named[np.argsort(order[values], kind="stable")[:MOST]]
+    values = np.unique(numbers[rows], return_inverse=True)[1]
+    own = np.unique(groups[rows], return_inverse=True)[1]
     # --- images that have others of their value, in another group
-    together = np.unique(np.stack([values, own]), axis=1, return_inverse=True)[1].reshape(-1)
+    both = np.stack([values, own])
+    together = np.unique(both, axis=1, return_inverse=True)[1].reshape(-1)
     others = np.bincount(values)[values] - np.bincount(together)[together]
     repeated = np.flatnonzero(others)
     if len(repeated) < max(FEWEST, LEAST_REPEATED * len(rows)):
@@ -83,6 +84,7 @@ def _alike(
         wanted = torch.from_numpy(others)[queries, None]
         cosines[group[queries, None] == group] = -torch.inf
         nearest = cosines.topk(int(wanted.max())).indices
-        hits = (value[nearest] == value[queries, None]) & (torch.arange(nearest.shape[1]) < wanted)
+        counted = torch.arange(nearest.shape[1]) < wanted
+        hits = (value[nearest] == value[queries, None]) & counted
         right.append(hits.sum(dim=1) / wanted[:, 0])
     return float(torch.cat(right).mean())

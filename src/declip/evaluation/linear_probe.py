@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -50,20 +51,24 @@ class LogisticFit:
     def scores(self, features: Tensor) -> Tensor:
         """Logits (n, K) of features (n, d)."""
         features = features.to(self.weight.device)
-        return torch.addmm(self.bias.to(features), features, self.weight.to(features).T)
+        weight = self.weight.to(features)
+        return torch.addmm(self.bias.to(features), features, weight.T)
 
     def measure(self, rows: Labeled) -> tuple[np.ndarray, float]:
         """Whether each row is correct, (n,) bool, NaN never; and the mean loss of the rows of fitted classes."""
-        labels, size = rows.labels.to(self.present.device), max(1, BLOCK // len(self.present))
+        labels = rows.labels.to(self.present.device)
         known = torch.isin(labels, self.present)
         targets = torch.searchsorted(self.present, labels).where(known, -1)
+        size = max(1, BLOCK // len(self.present))
+        blocks = zip(rows.features.split(size), targets.split(size), strict=True)
         right, total = [], 0.0
-        for part, wanted in zip(rows.features.split(size), targets.split(size), strict=True):
+        for part, wanted in blocks:
             scores = self.scores(part)
             best = scores.max(1)
             right.append((best.indices == wanted) & ~best.values.isnan())
             total += float(cross_entropy(scores, wanted, ignore_index=-1, reduction="sum"))
-        return torch.cat(right).cpu().numpy(), total / max(1, int(known.sum()))
+        mean = total / max(1, int(known.sum()))
+        return torch.cat(right).cpu().numpy(), mean
 
 
 class LogisticProblem:
@@ -103,12 +108,12 @@ class LogisticProblem:
             )
         self.mean, centered = mean.double(), features - mean
         # (sample, d) for the covariance, whose axes and spreads are those of the coordinates
-        sample = centered[:: max(1, len(labels) // max(SAMPLE, 8 * len(mean)))].double()
+        stride = max(1, len(labels) // max(SAMPLE, 8 * len(mean)))
+        sample = centered[::stride].double()
         spread, self.axes = PrincipalAxes.of(sample.T @ sample / len(sample))
         # (n, d + 1) on the axes of the covariance. The bias is the weight of a last column of ones.
-        self.rows = torch.cat(
-            [centered @ self.axes.to(centered), centered.new_ones(len(labels), 1)], 1
-        )
+        ones = centered.new_ones(len(labels), 1)
+        self.rows = torch.cat([centered @ self.axes.to(centered), ones], 1)
         self.spread = torch.cat([spread, spread.new_ones(1)])
 
     def fit(
@@ -118,18 +123,14 @@ class LogisticProblem:
 
         It ends when an iteration lowers the loss by less than the tolerance, a fraction of the loss.
         """
-        from scipy.optimize import minimize
-
-        penalty = torch.full_like(
-            self.spread, (2 if len(self.present) == 2 else 1) / (C * len(self.labels))
-        )
+        vectors = 2 if len(self.present) == 2 else 1
+        penalty = torch.full_like(self.spread, vectors / (C * len(self.labels)))
         penalty[-1] = 0
         weight = self.spread.new_zeros(len(self.present), len(self.spread))  # (K, d + 1)
         if start is not None:
-            rotated, bias = start.weight.to(weight) @ self.axes, start.bias.to(weight)
-            weight = torch.cat(
-                [rotated, (bias + start.weight.to(weight) @ self.mean).unsqueeze(1)], 1
-            )
+            begun = start.weight.to(weight)
+            bias = start.bias.to(weight) + begun @ self.mean
+            weight = torch.cat([begun @ self.axes, bias.unsqueeze(1)], 1)
         # The curvature at the start is that of other weights, so it is estimated again after some iterations.
         done = 0
         for allowed in (FIRST_STAGE, MOST):
@@ -145,7 +146,8 @@ class LogisticProblem:
         rotated = weight[:, :-1] @ self.axes.T
         bias = weight[:, -1] - rotated @ self.mean
         # Rounding may end the line search before the tolerance is reached, so the gradient is looked at too.
-        converged = done < MOST and float(abs(result.jac).max()) <= 0.01 * result.fun**0.5
+        steepest = float(abs(result.jac).max())
+        converged = done < MOST and steepest <= 0.01 * result.fun**0.5
         return LogisticFit(rotated, bias, self.present, C, done, converged)
 
     @torch.enable_grad()
@@ -153,13 +155,14 @@ class LogisticProblem:
         self, steps: np.ndarray, lengths: Tensor, penalty: Tensor
     ) -> tuple[float, np.ndarray]:
         """The penalized mean loss and its gradient, block by block; a weight is a step times its length."""
-        weight = torch.from_numpy(steps).to(lengths).view(-1, len(lengths)) * lengths
-        weight.requires_grad_()
+        weight = torch.from_numpy(steps).to(lengths).view(-1, len(lengths))
+        weight = (weight * lengths).requires_grad_()
         total = 0.5 * (penalty * weight.square()).sum()
         total.backward()
         total = total.detach()
-        rows = max(1, BLOCK // len(weight))
-        for features, labels in zip(self.rows.split(rows), self.labels.split(rows), strict=True):
+        size = max(1, BLOCK // len(weight))
+        blocks = zip(self.rows.split(size), self.labels.split(size), strict=True)
+        for features, labels in blocks:
             # float64 before the softmax: 1 - p would lose all digits where p is nearly 1.
             scores = (features @ weight.to(features).T).double()
             part = cross_entropy(scores, labels, reduction="sum") / len(self.labels)
@@ -198,7 +201,8 @@ def check_probe(dataset: Dataset) -> None:
     """Refuse a dataset that cannot be probed, before anything is encoded."""
     splits = check_splits(dataset, "linear")
     names = splits["test"].class_names
-    few = int((np.bincount(splits["train"].labels, minlength=len(names)) < 2).sum())
+    counts = np.bincount(splits["train"].labels, minlength=len(names))
+    few = int((counts < 2).sum())
     if few >= len(names) / 2:
         raise UserError(
             f"'{dataset.name}' has fewer than two training images for {few:,} of its {len(names):,} classes: too few "
@@ -219,39 +223,46 @@ def linear_probe(
     parts, skipped, held_out = dict[str, Labeled](), Counter[str](), "validation split"
     for which, source in check_splits(dataset, "linear").items():
         encoded = encode(source)
-        parts[which] = Labeled(
-            encoded.images, torch.from_numpy(np.asarray(source.labels, np.int64)[encoded.indices])
-        )
+        labels = np.asarray(source.labels, np.int64)[encoded.indices]
+        parts[which] = Labeled(encoded.images, torch.from_numpy(labels))
         skipped.update(encoded.skipped.counts)
     # --- without a validation split: a fifth of each class's training images, with a fixed seed
     if "validation" not in parts:
         held_out, train = "fifth of train", parts["train"]
-        chosen = sample_per_class(
-            train.labels.numpy(), lambda count: max(1, round(count / 5)) if count > 1 else 0
-        )
+        chosen = sample_per_class(train.labels.numpy(), _fifth)
         parts |= {"validation": train.take(chosen), "train": train.take(~chosen)}
     # --- C, on the training images alone; then the last fit, on training and validation images
     best = sweep(LogisticProblem(*parts["train"], device), parts["validation"], dataset.metric)
-    both = Labeled(*map(torch.cat, zip(parts["train"], parts["validation"], strict=True)))
-    problem = LogisticProblem(*both, device)
+    features, labels = (
+        torch.cat(both) for both in zip(parts["train"], parts["validation"], strict=True)
+    )
+    problem = LogisticProblem(features, labels, device)
     # A class with validation images only adds a row of weights to the last fit.
-    fitted = problem.fit(best.C, start=best if len(problem.present) == len(best.present) else None)
+    same = len(problem.present) == len(best.present)
+    fitted = problem.fit(best.C, start=best if same else None)
     # --- the test images
-    right, truth = fitted.measure(parts["test"])[0], parts["test"].labels.numpy()
+    right, _ = fitted.measure(parts["test"])
+    truth = parts["test"].labels.numpy()
+    most_frequent = int(labels.bincount().argmax())
     return LinearProbeResult(
         dataset=dataset.name,
         n=len(truth),
         classes=len(source.class_names),
-        train=len(both.labels),
-        width=both.features.shape[1],
+        train=len(labels),
+        width=features.shape[1],
         top1=score(right, truth),
         mean_per_class=score(right, truth, "mean_per_class"),
-        majority=float((truth == int(both.labels.bincount().argmax())).mean()),
+        majority=float((truth == most_frequent).mean()),
         C=best.C,
         validation=held_out,
         converged=fitted.converged,
         skipped=dict(skipped),
     )
+
+
+def _fifth(count: int) -> int:
+    """A fifth of the images of a class; none of a single one."""
+    return max(1, round(count / 5)) if count > 1 else 0
 
 
 def sweep(problem: LogisticProblem, validation: Labeled, metric: str = "top1") -> LogisticFit:
@@ -268,9 +279,8 @@ def sweep(problem: LogisticProblem, validation: Labeled, metric: str = "top1") -
         for step in steps:
             if abs(step) > LAST_STEP or step in fits:
                 continue
-            nearest = max(
-                (known for known in fits if known < step), default=min(fits, default=step)
-            )
+            smaller = [known for known in fits if known < step]
+            nearest = max(smaller, default=min(fits, default=step))
             fits[step] = problem.fit(10 ** (step / 8), start=fits.get(nearest))
             right, loss = fits[step].measure(validation)
             value = score(right, validation.labels.numpy(), metric)

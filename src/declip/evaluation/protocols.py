@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -57,17 +58,12 @@ class Options(Batching):
     progress: bool = True
     # Zero-shot: a shipped set or templates; None: those of the dataset
     templates: str | Sequence[str] | None = None
-    shots: int | Sequence[int] = 4  # few-shot: images of a class, or several numbers
+    shots: Sequence[int] = (4,)  # few-shot: numbers of images of a class
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for number in self.numbers_of_shots:
+        for number in self.shots:
             check_range("shots", number, 1)
-
-    @property
-    def numbers_of_shots(self) -> tuple[int, ...]:
-        """`shots` as a tuple."""
-        return (self.shots,) if isinstance(self.shots, int) else tuple(self.shots)
 
 
 DEFAULT = Options()
@@ -125,15 +121,12 @@ class SharedFeatures:
         train, test = splits["train"], splits["test"]
         # --- features of the images of all draws, of the test images and of the names
         labels = np.asarray(train.labels, dtype=np.int64)
-        numbers = options.numbers_of_shots
         draws = {
             n: [sample_per_class(labels, partial(min, n), seed) for seed in range(DRAWS)]
-            for n in numbers
+            for n in options.shots
         }
         encode, width = joint_encoder(self.model)
-        used = np.flatnonzero(
-            np.any([chosen for each in draws.values() for chosen in each], axis=0)
-        )
+        used = np.flatnonzero(np.any([*chain(*draws.values())], axis=0))
         seen = self._encode(train, encode=encode, texts=False, indices=used)
         tested = self._encode(test, encode=encode, texts=False)
         templates = read_templates(options.templates or self.dataset.templates)[1]

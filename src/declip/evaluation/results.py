@@ -33,8 +33,9 @@ class Measure(NamedTuple):
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of a fraction of `n` independent trials (Wilson 1927)."""
         z, n, p = 1.96, self.n, self.value
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        scale = 1 + z * z / n
+        middle = (p + z * z / (2 * n)) / scale
+        half = z / scale * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return middle - half, middle + half
 
 
@@ -86,9 +87,8 @@ class ClassificationResult(Result):
     @property
     def among(self) -> str:
         majority = self.headline.majority
-        return f"{self.classes:,} classes" + (
-            "" if majority is None else f", the largest with {percent(majority)}"
-        )
+        largest = "" if majority is None else f", the largest with {percent(majority)}"
+        return f"{self.classes:,} classes{largest}"
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "chance": self.chance}
@@ -150,26 +150,21 @@ class RetrievalResult(Result):
     loss: float | None = None  # `declip.evaluation.retrieval.contrastive_loss`; None: unknown scale
 
     def measures(self) -> list[Measure]:
-        return [
-            Measure(
-                f"{words} R@{k}",
-                getattr(recall, f"r{k}"),
-                getattr(recall, f"chance{k}"),
-                recall.queries,
-            )
-            for recall, words in zip(
-                (self.text_to_image, self.image_to_text), DIRECTIONS.values(), strict=True
-            )
-            for k in (1, 5, 10)
-        ]
+        measures = []
+        for direction, words in DIRECTIONS.items():
+            recall = getattr(self, direction)
+            for k in (1, 5, 10):
+                value, chance = getattr(recall, f"r{k}"), getattr(recall, f"chance{k}")
+                measures.append(Measure(f"{words} R@{k}", value, chance, recall.queries))
+        return measures
 
     @property
     def headline(self) -> Measure:
         """The mean of both directions."""
-        both = self.text_to_image, self.image_to_text
-        return Measure(
-            "R@1", sum(r.r1 for r in both) / 2, sum(r.chance1 for r in both) / 2, self.images
-        )
+        first, second = self.text_to_image, self.image_to_text
+        value = (first.r1 + second.r1) / 2
+        chance = (first.chance1 + second.chance1) / 2
+        return Measure("R@1", value, chance, self.images)
 
     @property
     def among(self) -> str:
@@ -271,4 +266,5 @@ def score(correct: np.ndarray, labels: np.ndarray, metric: str = "top1") -> floa
     """Mean of `correct`, (n,) bool: over rows for "top1", over the classes that occur for "mean_per_class"."""
     if metric == "top1":
         return float(correct.mean())
-    return float(np.mean([correct[rows].mean() for rows in by_class(labels)]))
+    means = [correct[rows].mean() for rows in by_class(labels)]
+    return float(np.mean(means))

@@ -35,7 +35,8 @@ def ranks(
             f"Embeddings of {queries.shape[1]} and {candidates.shape[1]} numbers cannot be compared: a model needs "
             "equal widths for images and texts. `declip.fit` maps both into one space."
         )
-    rows = max(1, block // (queries.shape[1] if candidates is None else len(candidates)))
+    count = queries.shape[1] if candidates is None else len(candidates)
+    rows = max(1, block // count)
     candidates = None if candidates is None else candidates.double()
     parts = []
     for start in range(0, len(queries), rows):
@@ -114,14 +115,14 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
         ½ mean over b of [ logsumexpₙ(s·image[b]·text[n]) + logsumexpₙ(s·text[b]·image[n]) - 2s·image[b]·text[b] ]
     Features are (N, d), L2-normalized; the scale s is the model's exp(logit_scale).
     """
-    order = torch.from_numpy(np.random.default_rng((0, len(images))).permutation(len(images)))
+    generator = np.random.default_rng((0, len(images)))
+    order = torch.from_numpy(generator.permutation(len(images)))
     total = 0.0
     for rows in order.tensor_split(-(-len(order) // LOSS_BATCH)):
         logits = scale * images[rows].double() @ texts[rows].double().T
         target = torch.arange(len(rows))
-        total += (
-            float(cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2 * len(rows)
-        )
+        both = cross_entropy(logits, target) + cross_entropy(logits.T, target)
+        total += float(both) / 2 * len(rows)
     return total / len(order)
 
 

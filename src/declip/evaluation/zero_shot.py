@@ -89,7 +89,8 @@ def class_features(
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     features = text_features(model, prompts, how)
     # (C · T, d) → (C, T, d) → (C, d)
-    return normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
+    by_class = features.view(len(class_names), len(templates), -1)
+    return normalize(by_class.mean(1), dim=-1)
 
 
 def class_tokens(
@@ -116,7 +117,8 @@ def class_tokens(
                 words = text_features(model, prompts, alone, encode=scorer.words)
                 # (c · T, L, d) → (c, T, L, d)
                 words = words.unflatten(0, (len(some), len(templates)))
-                mean = words.sum(dim=1) / words.any(dim=3, keepdim=True).sum(dim=1).clamp(min=1)
+                counts = words.any(dim=3, keepdim=True).sum(dim=1)
+                mean = words.sum(dim=1) / counts.clamp(min=1)
                 parts.append(mean / mean.norm(dim=(1, 2), keepdim=True))
         return parts
 
@@ -144,9 +146,9 @@ def classify(
     else:
         column = {name: number for number, name in enumerate(dict.fromkeys(classes))}
         distinct, candidate = None, np.array([column[name] for name in classes])
-    namesakes_before = np.array(
-        [(candidate[:label] == candidate[label]).sum() for label in range(len(classes))]
-    )
+    namesakes_before = np.zeros(len(classes), dtype=np.int64)
+    for label in range(len(classes)):
+        namesakes_before[label] = (candidate[:label] == candidate[label]).sum()
     rank = ranks(features.images, distinct, candidate[labels][:, None]) + namesakes_before[labels]
     return ZeroShotResult(
         dataset=features.name,

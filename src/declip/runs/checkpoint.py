@@ -56,9 +56,8 @@ def folder_of(run: Path, step: int) -> Path:
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("step-*")
-    return sorted(
-        (path for path in folders if NAME.fullmatch(path.name) and path.is_dir()), key=step_of
-    )
+    complete = [path for path in folders if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(complete, key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -70,18 +69,18 @@ def snapshot(checkpoint: Checkpoint) -> Checkpoint:
     """Copy a checkpoint into host memory, with contiguous tensors."""
     # From a CUDA device into pinned memory, asynchronously, so it is synchronized once.
     to_host: Any = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
-    weights, training = (
-        {
+
+    def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
             name: tensor.detach().to(non_blocking=tensor.is_cuda, **to_host)
             for name, tensor in tensors.items()
         }
-        for tensors in (checkpoint.weights, checkpoint.training)
-    )
+
+    weights, training = copied(checkpoint.weights), copied(checkpoint.training)
     for device in {tensor.device for tensor in checkpoint.weights.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)
-    return replace(
-        checkpoint, weights=weights, training=training, extra=copy.deepcopy(checkpoint.extra)
-    )
+    extra = copy.deepcopy(checkpoint.extra)
+    return replace(checkpoint, weights=weights, training=training, extra=extra)
 
 
 def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
@@ -257,11 +256,10 @@ def _read_state(folder: Path) -> dict[str, Any]:
         and state["sha256"].keys() == {WEIGHTS, TRAINING}
         and text == _with_digest({name: value for name, value in state.items() if name != "digest"})
     )
-    damaged = (
-        [n for n in (WEIGHTS, TRAINING) if sha256(folder / n) != state["sha256"][n]]
-        if good
-        else [STATE]
-    )
+    damaged = [STATE]
+    if good:
+        digests = state["sha256"]
+        damaged = [name for name in digests if sha256(folder / name) != digests[name]]
     if damaged:
         raise UserError(
             f"The checkpoint file {folder / damaged[0]} is damaged: its checksum does not match."

@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from declip.errors import UserError
 from declip.evaluation.results import Result, read_result
 from declip.io.text import one_line
+from declip.runs.folder import read_json
 
 HEADS = "heads.safetensors"  # the two matrices, and in its metadata what they were fitted to
 MEASURES = "cross_validation.json"
@@ -68,7 +68,7 @@ class FittedRun:
     @cached_property
     def cross_validation(self) -> dict[str, Any]:
         """The choice of heads, and what cross-validation says about it."""
-        return self._json(MEASURES)
+        return read_json(self.folder / MEASURES)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class FittedRun:
 
         "queries": some, with the images that came first before and now; "worst": the worst.
         """
-        return self._json(FACTS)
+        return read_json(self.folder / FACTS)
 
     @property
     def mixture(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class FittedRun:
         return [(key, caption) for key, caption in self._table(KNOWN, 2)]
 
     def _results(self, key: str) -> list[Result]:
-        rows = [read_result(row) for row in self._json(RESULTS).get(key, [])]
+        rows = [read_result(row) for row in read_json(self.folder / RESULTS).get(key, [])]
         return [row for row in rows if row is not None]
 
     def _table(self, name: str, columns: int) -> list[list[str]]:
@@ -121,9 +121,3 @@ class FittedRun:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = itertools.islice(csv.reader(file), 1, None)
             return [row for row in rows if len(row) == columns]
-
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        if not path.is_file():
-            return {}
-        return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -92,12 +92,8 @@ class Run:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of metrics.jsonl by step; if a step was logged twice, the later row."""
-        return [
-            row
-            for _, row in sorted(
-                {row["step"]: row for row in read_rows(self.folder / METRICS)}.items()
-            )
-        ]
+        rows = {row["step"]: row for row in read_rows(self.folder / METRICS)}
+        return [rows[step] for step in sorted(rows)]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -107,15 +103,12 @@ class Run:
     @cached_property
     def evaluated(self) -> list[Evaluated]:
         """Evaluations with protocols of this version, by step."""
-        rows = (
-            (row, read_result(row))
-            for row in sorted(self.evaluations, key=lambda row: int(row["step"]))
-        )
-        return [
-            Evaluated(row["step"], result, row.get("best_step", row["step"]))
-            for row, result in rows
-            if result
-        ]
+        evaluated = []
+        for row in sorted(self.evaluations, key=lambda row: int(row["step"])):
+            result, step = read_result(row), row["step"]
+            if result is not None:
+                evaluated.append(Evaluated(step, result, row.get("best_step", step)))
+        return evaluated
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -136,17 +129,17 @@ class Run:
     @cached_property
     def skipped(self) -> dict[str, Any] | None:
         """Number of pairs "seen", and "reasons": count and example keys; None before the first checkpoint."""
-        return _json(self.folder / SKIPPED) or None
+        return read_json(self.folder / SKIPPED) or None
 
     @cached_property
     def examples(self) -> dict[str, Any]:
         """Facts for the report: "source", "losses", "view_sheet", "worst" captions; empty before the first step."""
-        return _json(self.folder / EXAMPLES)
+        return read_json(self.folder / EXAMPLES)
 
     @cached_property
     def mixture(self) -> dict[str, Any]:
         """The fraction "alpha" of the fine-tuned weights, and "scores" of all by set; empty for other runs."""
-        return _json(self.folder / MIXTURE)
+        return read_json(self.folder / MIXTURE)
 
     @property
     def step(self) -> int:
@@ -154,9 +147,8 @@ class Run:
         if self.steps_done is not None:
             return self.steps_done
         # A last step that was skipped has no row in metrics.jsonl.
-        return max(
-            (int(row["step"]) for row in (*self.metrics[-1:], *self.evaluations[-1:])), default=0
-        )
+        last = self.metrics[-1:] + self.evaluations[-1:]
+        return max((int(row["step"]) for row in last), default=0)
 
     @property
     def best_step(self) -> int:
@@ -201,9 +193,8 @@ def lock_folder(folder: Path) -> FileIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Lists of a split are written before the recipe, and may be left by a process that was killed in between.
-        others = sorted(
-            path.name for path in folder.iterdir() if path.name not in SPLIT and path.name[0] != "."
-        )
+        names = sorted(path.name for path in folder.iterdir())
+        others = [name for name in names if name not in SPLIT and name[0] != "."]
         if others and RECIPE not in others:
             problem = f"'{folder}' is not a run folder and has other files, such as '{others[0]}'"
             raise UserError(f"{problem}. Choose another --out.")
@@ -216,7 +207,8 @@ def lock_folder(folder: Path) -> FileIO:
         _lock(file, folder)
     with suppress(OSError):
         # Removed since it was opened
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+        opened, there = os.fstat(file.fileno()), os.stat(folder / LOCK)
+        if not os.path.samestat(opened, there):
             file.close()
             return lock_folder(folder)
     with suppress(OSError):  # a full disk is reported when the run writes
@@ -277,9 +269,9 @@ def existing_run(folder: Path) -> UserError:
 
 def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | WrappedModel | None:
     """Read the Hugging Face encoder, if any, from the newest good checkpoint, for resuming."""
-    for checkpoint in (
-        reversed(list_checkpoints(folder)) if recipe.text.hf_model is not None else ()
-    ):
+    if recipe.text.hf_model is None:
+        return None
+    for checkpoint in reversed(list_checkpoints(folder)):
         with (
             suppress(OSError, SafetensorError, UserError),
             safe_open(checkpoint / WEIGHTS, "pt") as file,
@@ -320,7 +312,7 @@ def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
 
 def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
     """Refuse to resume a run with a recipe that changes its numbers."""
-    now, then = flat(recipe.model_dump(mode="json")), flat(earlier.model_dump(mode="json"))
+    now, then = (flat(each.model_dump(mode="json")) for each in (recipe, earlier))
     keys = sorted((now.keys() | then.keys()) - {*CHANGEABLE})
     if changed := [key for key in keys if now.get(key) != then.get(key)]:
         shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
@@ -358,15 +350,18 @@ def drop_rows(path: Path, after: int) -> None:
     if not path.exists():
         return
     rows = read_rows(path)
-    if damaged := sum(1 for line in _text(path).split("\n") if line) - len(rows):
+    lines = [line for line in _text(path).split("\n") if line]
+    if damaged := len(lines) - len(rows):
         log.warning("Removed %d damaged lines of %s.", damaged, path)
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= after))
+    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= after]
+    write_text(path, "".join(kept))
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a run; empty if it is not there."""
     text = _text(path)
     return dict(json.loads(text)) if text else {}

@@ -15,10 +15,9 @@ from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, with_classes
 from declip.evaluation.held_out import HeldOutSets
 from declip.interchange.fitted import read_heads
-from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.runs.fitted import FittedRun, is_fitted
-from declip.runs.folder import RECIPE, Run, log, moved_lists
+from declip.runs.folder import RECIPE, Run, log, read_recipe
 
 TRAINING = "training pairs"
 MODEL_FOLDERS = ("checkpoints", "exported")  # of a run, with a folder of each model
@@ -83,7 +82,7 @@ def recipe_of(folder: Path) -> Recipe:
     """The recipe of a run, or the settings of a fit, by its folder."""
     if is_fitted(folder):
         return read_heads(str(folder)).recipe
-    return moved_lists(load_recipe(folder / RECIPE), folder)
+    return read_recipe(folder)
 
 
 def pair_names(recipe: Recipe) -> list[str]:
