@@ -1,7 +1,7 @@
 """Resolve a recipe: one table of the keys whose values follow from facts, applied once before a run."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from declip.errors import UserError
 from declip.recipe.load import flat
@@ -12,17 +12,8 @@ USER_IMAGE = ("size", "mean", "std", "interpolation", "crop_pct")
 """Keys of preprocessing that a user may set beside weights."""
 
 
-class LoadedWeights(Protocol):
-    """What a recipe needs to know of pretrained weights, see `declip.interchange.weights.Weights`."""
-
-    @property
-    def recipe(self) -> Recipe: ...
-    @property
-    def tensors(self) -> Mapping[str, Any]: ...
-    @property
-    def has_text(self) -> bool: ...
-    @property
-    def origin(self) -> str: ...
+LoadedWeights = Any
+"""`declip.interchange.weights.Weights`, of which rules read `recipe`, `tensors`, `has_text` and `origin`."""
 
 
 class Facts(NamedTuple):
@@ -78,17 +69,17 @@ def _image(recipe: Recipe, weights: LoadedWeights) -> ImageTowerConfig:
     return theirs.model_copy(update=keep)
 
 
+def _of_text(recipe: Recipe, weights: LoadedWeights) -> Recipe:
+    """The recipe that decides the text tower: that of the weights, if they have one."""
+    own: Recipe = weights.recipe if weights.has_text else recipe
+    return own
+
+
 def _text(recipe: Recipe, weights: LoadedWeights) -> TextTowerConfig:
-    if not weights.has_text:
-        return recipe.text
-    theirs = weights.recipe.text
+    text = _of_text(recipe, weights).text
     if "text.context_length" in recipe.given:
-        return theirs.model_copy(update={"context_length": recipe.text.context_length})
-    return theirs
-
-
-def _embed_dim(recipe: Recipe, weights: LoadedWeights) -> int:
-    return weights.recipe.embed_dim if weights.has_text else recipe.embed_dim
+        return text.model_copy(update={"context_length": recipe.text.context_length})
+    return text
 
 
 def _logit_scale(recipe: Recipe, weights: LoadedWeights) -> LogitScale:
@@ -117,7 +108,8 @@ def _loss_weights(recipe: Recipe, weights: LoadedWeights) -> dict[str, float]:
 
 
 def _precision(recipe: Recipe, auto: str) -> str:
-    return auto if recipe.train.precision == "auto" else recipe.train.precision
+    given = recipe.train.precision
+    return auto if given == "auto" else given
 
 
 def _steps(recipe: Recipe, pairs: int) -> int:
@@ -128,25 +120,28 @@ def _steps(recipe: Recipe, pairs: int) -> int:
     return max(1, round(train.epochs * max(1, pairs // train.batch_size)))
 
 
-def _sets_of(task: str) -> Callable[[Recipe, Any], Any]:
-    def rule(recipe: Recipe, sets: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*getattr(recipe.evaluation, task), *sets[task]]))
-
-    return rule
+def _both(listed: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(listed + more))
 
 
 RULES: Mapping[str, tuple[str, Callable[[Recipe, Any], Any]]] = {
     "image": ("weights", _image),
     "text": ("weights", _text),
-    "embed_dim": ("weights", _embed_dim),
+    "embed_dim": ("weights", lambda recipe, weights: _of_text(recipe, weights).embed_dim),
     "logit_scale": ("weights", _logit_scale),
     "logit_bias": ("weights", _logit_bias),
     "loss_weights": ("weights", _loss_weights),
     "train.precision": ("precision", _precision),
     "train.steps": ("pairs", _steps),
     "train.epochs": ("pairs", lambda recipe, pairs: None),
-    "evaluation.zero_shot": ("sets", _sets_of("zero_shot")),
-    "evaluation.retrieval": ("sets", _sets_of("retrieval")),
+    "evaluation.zero_shot": (
+        "sets",
+        lambda recipe, sets: _both(recipe.evaluation.zero_shot, sets["zero_shot"]),
+    ),
+    "evaluation.retrieval": (
+        "sets",
+        lambda recipe, sets: _both(recipe.evaluation.retrieval, sets["retrieval"]),
+    ),
     "evaluation.val": ("sets", lambda recipe, sets: ()),
 }
 """Key → the name of the fact that decides it, and the rule of the recipe and this fact."""
