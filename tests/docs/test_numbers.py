@@ -317,7 +317,7 @@ def keep():
     titles = {"clipart": ("clip art", "photographs"), "emoji-test": ("emoji", "stamps")}
     for name, (own, kept) in titles.items():
         rows = [row for row in load("few/keep.jsonl") if row["set"] == name and row["pairs"] > 124]
-        assert {row["alpha"] for row in rows if row["chosen"]} == {0.75}
+        assert {row["alpha"] for row in rows if row["chosen"]} == {1}
         pairs = f"{own}, {rows[0]['pairs']:,} pairs fitted"
         for title, n, keys in (
             (pairs, "held_out", ("r1", "r10")),
@@ -443,7 +443,7 @@ def equal_time(recipe):
 def words(measure):
     """Mean average precision of a search for words, before and after."""
     for name in ("stamps-photos", "clipart", "icons-test"):
-        yield from pick("few/coarse.jsonl", set=name, measure=measure)["map"]
+        yield from pick("few/words.jsonl", set=name, measure=measure)["map"]
 
 
 def steps():
@@ -532,10 +532,6 @@ NUMBERS = {  # by the key of their markers, in the order of the page
     ),
     "words": lambda: [*words("all words")],
     "kinds": lambda: pick("few/kinds.jsonl", what="names")["top1"],
-    "kinds_examples": lambda: [
-        pick("few/kinds.jsonl", **what)["top1"][1]
-        for what in ({"what": "names"}, *({"shots": n} for n in (1, 4, 16)))
-    ],
     "demo_seeds": lambda: [fold(demo_seeds("builtin:emoji-test")) for fold in (min, max)],
     "fitting_seconds": fitting_seconds,
     "five_minutes": lambda: [100 * load("five-minutes.jsonl")[0]["top1"]],
