@@ -32,7 +32,7 @@ from torch.nn.functional import normalize
 from declip.closed_form.folds import assign_folds
 from declip.closed_form.heads import choose_heads
 from declip.closed_form.ranks import HeldOutBlock, caption_numbers, score
-from declip.closed_form.related import known_pairs, mean_by_owner, with_neighbors
+from declip.closed_form.related import choose_neighbors, known_pairs, mean_by_owner
 from declip.closed_form.solve import ClassPairs, Form, Pairs, centered, fit_heads, regression_rows
 from declip.comparison.outcome import EfficiencyCurve, curve_of, pairs_needed
 from declip.evaluation.held_out import HeldOutSets
@@ -137,9 +137,11 @@ def recall(towers: Towers, pairs: Pairs) -> tuple[float, float]:
 
 def declip(task: Task, neighbors: bool = True) -> Towers:
     """`declip finetune`: forms, weights of classes and neighbors are chosen by cross-validation inside."""
-    choice = choose_heads(task.pairs, task.groups, task.classes, task.seed, task.embedded)
-    if neighbors and not task.embedded and len(task.pairs.images):
-        choice = with_neighbors(choice, task.pairs, task.groups, task.classes, task.seed)
+    given = task.pairs, task.groups, task.classes, task.seed
+    related = neighbors and not task.embedded and len(task.pairs.images) > 0
+    choice = choose_heads(*given, task.embedded, keep_start=not related)
+    if related:
+        choice = choose_neighbors(choice, *given)
     heads = choice.heads.to(torch.zeros(1))
     return Towers(heads.embed_images, heads.embed_texts)
 

@@ -12,7 +12,7 @@ from declip.closed_form.folds import assign_folds
 from declip.closed_form.heads import FOLDS, choose_heads
 from declip.closed_form.neighbors import Side, Similarities, both_resemble, leading_axes
 from declip.closed_form.ranks import ranks_by
-from declip.closed_form.related import known_pairs, with_neighbors
+from declip.closed_form.related import choose_neighbors, known_pairs, with_neighbors
 from declip.closed_form.solve import START, Heads, Pairs
 from pair_features import class_pairs, features, pairs_of
 
@@ -86,12 +86,28 @@ def test_what_an_image_and_a_text_both_resemble_counts_most_in_their_cosine():
     assert both_resemble(images, texts, image, text, 9) == [1, 2, 0], "3 is unlike the image"
 
 
-def test_a_start_that_no_heads_improve_stays_as_it_is():
-    pairs, classes = pairs_of(60), class_pairs()
-    shuffled = pairs._replace(texts=pairs.texts.roll(30, dims=0))
-    choice = choose_heads(shuffled, np.arange(60), classes)
-    assert choice.form == START
-    assert with_neighbors(choice, shuffled, np.arange(60), classes) is choice
+def test_a_start_that_nothing_improves_stays_as_it_is(monkeypatch):
+    pairs, classes, groups = pairs_of(60), class_pairs(), np.arange(60)
+    linear = choose_heads(pairs, groups, classes, keep_start=False)
+    monkeypatch.setattr(related, "CAUTION", 99.0)  # the usual weights
+    compared = []
+    for better in (1, 2, 3):  # the first that is better than the start
+        compared.clear()
+
+        def beats(outcome, start, groups, better=better):
+            assert start is linear.start
+            compared.append(outcome)
+            return len(compared) == better
+
+        monkeypatch.setattr("declip.closed_form.heads.beats", beats)
+        choice = choose_neighbors(linear, pairs, groups, classes)
+        assert (choice.form == START) == (better > 1)
+        assert len(compared) == min(better, 2)
+        if better < 3:
+            assert choice.outcome is compared[-1]
+            assert len(choice.heads.neighbors.rows) == 60
+        else:
+            assert (choice.heads, choice.outcome) == (linear.start_heads, linear.start)
 
 
 def test_heads_in_another_type_keep_their_neighbors():

@@ -352,6 +352,27 @@ def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
     assert run.cross_validation["classes"] == 0
 
 
+def test_heads_with_neighbors_are_compared_with_the_start_which_stays_otherwise(
+    folder, tmp_path, monkeypatch
+):
+    tower = timm.create_model("test_vit", num_classes=4).state_dict()
+    save_file(tower, tmp_path / "vit.safetensors")
+    (tmp_path / "names.txt").write_text("\n".join(COLORS))
+    keys = keys_of(**{"finetune.class_names": tmp_path / "names.txt"})
+    seen, known = [], {}
+    for better in (True, False):
+        compare = lambda outcome, *_, better=better: seen.append(outcome) or better  # noqa: E731
+        monkeypatch.setattr("declip.closed_form.heads.beats", compare)
+        out = tmp_path / str(better)
+        run = declip.finetune(folder / "pairs.csv", start_of(folder, tmp_path), keys, out)
+        known[better] = run.cross_validation
+    assert (known[True]["method"], known[True]["neighbors"]) == ("ridge", [0.5, 0.5])
+    assert (known[False]["method"], known[False]["neighbors"]) == ("start", [1.0, 0.0])
+    assert len(seen) == 3, "with neighbors, and then the start with neighbors"
+    assert float(seen[0].percentiles().mean()) == pytest.approx(known[True]["percentile"]["value"])
+    assert known[False]["percentile"] == known[True]["percentile_of_start"]
+
+
 def pooled(where, folder, precision=torch.float32):
     """Features of all images and captions as a fit computes them, by the towers of a run."""
     model = declip.load(where, device="cpu")

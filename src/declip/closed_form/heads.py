@@ -64,13 +64,13 @@ def choose_heads(
     seed: int = 0,
     embedded: bool = False,
     start: Heads | None = None,
+    keep_start: bool = True,
 ) -> Choice:
     """Choose form and weight of the classes by cross-validation, and fit the heads to all pairs.
 
     Images with equal `groups` (n,) stay in one fold: those with nearly the same image or the same
-    caption. Features may be `embedded` in one space. Heads that do not rank the pairs of a left-out
-    fold better than those of the start are not taken: the start's stay. These are computed from the
-    classes, unless `start` is given.
+    caption. Features may be `embedded` in one space. The heads of the start are computed from the
+    classes, unless `start` is given. With `keep_start` they stay where no heads improve them.
     """
     forms = START_FORMS if embedded else FORMS
     weights = CLASS_WEIGHTS if classes is not None else (0.0,)
@@ -98,16 +98,14 @@ def choose_heads(
     for weight, validation in validations.items():
         for form, ranks in zip(forms, validation.ranks(forms), strict=True):
             tried[form, weight] = ranks
-    if start is not None:
-        tried[START, 0.0] = ranks_by(start, some, own_folds)
-    form, weight = best_candidate(tried, usual, START_CAUTION if embedded else CAUTION)
-    # --- the start stays
     of_start = None
     if start is not None:
         of_start = ranks_by(start, pairs, folds)
-        if form == START or not beats(tried[form, weight], tried[START, 0.0], own_groups):
-            scale = of_start.best_scale()
-            return Choice(start, START, 0.0, scale, of_start, of_start, start_heads=start)
+        if keep_start:
+            tried[START, 0.0] = ranks_by(start, some, own_folds)
+    form, weight = best_candidate(tried, usual, START_CAUTION if embedded else CAUTION)
+    if form == START:
+        return unchanged(start, of_start)
     # --- the best, on all pairs
     (heads,) = fit_heads(pairs, classes, weight, (form,))
     outcome = tried[form, weight]
@@ -117,7 +115,24 @@ def choose_heads(
         whole = CrossValidation(pairs, groups, folds, classes, embedded, weight)
         (outcome,) = whole.ranks((form,))
     scale = outcome.best_scale()
-    return Choice(heads, form, weight, scale, outcome, of_start, validation, whole, start)
+    choice = Choice(heads, form, weight, scale, outcome, of_start, validation, whole, start)
+    if keep_start and not improves(choice, groups):
+        return unchanged(start, of_start)
+    return choice
+
+
+def improves(choice: Choice, groups: np.ndarray) -> bool:
+    """Whether heads rank left-out pairs better than the start, see `beats`; so too if there is none."""
+    if choice.outcome is None or choice.start is None:
+        return True
+    return beats(choice.outcome, choice.start, groups)
+
+
+def unchanged(start: Heads | None, ranks: HeldOutRanks | None) -> Choice:
+    """The choice of the start, with its ranks."""
+    assert start is not None
+    assert ranks is not None
+    return Choice(start, START, 0.0, ranks.best_scale(), ranks, ranks, start_heads=start)
 
 
 def start_heads(pairs: Pairs, classes: ClassPairs | None, embedded: bool) -> Heads | None:

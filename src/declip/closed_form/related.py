@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from declip.closed_form.candidates import CAUTION, best_candidate
 from declip.closed_form.folds import assign_folds
-from declip.closed_form.heads import FOLDS, Choice
+from declip.closed_form.heads import FOLDS, Choice, improves, unchanged
 from declip.closed_form.neighbors import Neighbors, Side, Similarities, leading_axes
 from declip.closed_form.ranks import (
     HeldOutBlock,
@@ -18,7 +18,7 @@ from declip.closed_form.ranks import (
     caption_numbers,
     score,
 )
-from declip.closed_form.solve import START, ClassPairs, Heads, Pairs
+from declip.closed_form.solve import ClassPairs, Heads, Pairs
 
 # Of the neighbors among all known pairs, and among the classes; the projections have 1
 WITHOUT = (0.0, 0.0)
@@ -27,17 +27,30 @@ MOST = 2_000  # pairs that are known, at random among more
 SEED = 0  # of the start of the search for axes
 
 
+def choose_neighbors(
+    linear: Choice, pairs: Pairs, groups: np.ndarray, classes: ClassPairs | None, seed: int = 0
+) -> Choice:
+    """Add neighbors to the heads of a choice, or to those of the start, or keep the start.
+
+    The first of these that ranks left-out pairs better than the start. Arguments as of
+    `choose_heads`.
+    """
+    choice = with_neighbors(linear, pairs, groups, classes, seed)
+    if improves(choice, groups):
+        return choice
+    start = unchanged(linear.start_heads, linear.start)
+    choice = with_neighbors(start, pairs, groups, classes, seed)
+    return choice if improves(choice, groups) else start
+
+
 def with_neighbors(
     choice: Choice, pairs: Pairs, groups: np.ndarray, classes: ClassPairs | None, seed: int = 0
 ) -> Choice:
     """Add neighbors to the heads of a choice, with the weights that rank left-out pairs best.
 
     The neighbors of a left-out pair are pairs of other folds. Of too few pairs to measure, the
-    usual weights are taken. A start that no heads improve stays as it is. Arguments as of
-    `choose_heads`.
+    usual weights are taken. Arguments as of `choose_heads`.
     """
-    if choice.form == START:
-        return choice
     weights = WEIGHTS[0]
     outcome = choice.outcome
     if outcome is not None:

@@ -15,7 +15,7 @@ from declip.closed_form.growth import growth
 from declip.closed_form.heads import Choice, choose_heads
 from declip.closed_form.mixing import mixed_choices
 from declip.closed_form.ranks import HeldOutRanks
-from declip.closed_form.related import with_neighbors
+from declip.closed_form.related import choose_neighbors
 from declip.closed_form.solve import START, ClassPairs, Heads
 from declip.data.pair import PairSource
 from declip.data.sources.open import open_source
@@ -45,6 +45,7 @@ class Fitted:
     def measures(self) -> dict[str, Any]:
         """The choice, and the measures of left-out pairs if there were enough, as JSON holds them."""
         features, choice = self.features, self.choice
+        neighbors = choice.heads.neighbors
         known: dict[str, Any] = {
             "pairs": len(features.pairs.images),
             "groups": len(np.unique(features.groups)),
@@ -52,7 +53,8 @@ class Fitted:
             "classes": self.classes,
             **choice.form._asdict(),  # method and ridge
             "class_weight": choice.class_weight,
-            "neighbors": _weights(choice.heads),
+            "neighbors": [0.0, 0.0] if neighbors is None else neighbors.weights.tolist(),
+            "known_pairs": 0 if neighbors is None else len(neighbors.rows),
             "logit_scale": choice.logit_scale,
         }
         if choice.outcome is None:
@@ -158,17 +160,15 @@ def fit(
     known, groups = features.pairs, features.groups
     if known.images.shape[1] != known.texts.shape[1]:
         base.projected = False  # two spaces: there is no start that could be improved
-    linear = choose_heads(known, groups, classes, seed, embedded=base.projected, start=start)
+    projected = base.projected
+    linear = choose_heads(known, groups, classes, seed, projected, start, keep_start=projected)
     choice = linear
-    if not base.projected:  # what neighbors gain beside a CLIP's projections was not measured
-        choice = with_neighbors(linear, known, groups, classes, seed)
+    if not projected:  # what neighbors gain beside a CLIP's projections was not measured
+        choice = choose_neighbors(linear, known, groups, classes, seed)
+    if choice.form == START:
+        linear = choice
     count = 0 if classes is None else len(classes.rows)
     return Fitted(_adapted(base, choice), choice, linear, features, source, count, seed)
-
-
-def _weights(heads: Heads) -> list[float]:
-    """Weights of the neighbors among all known pairs, and among the classes."""
-    return [0.0, 0.0] if heads.neighbors is None else heads.neighbors.weights.tolist()
 
 
 def _adapted(base: EncoderBase, choice: Choice) -> Adapted:
