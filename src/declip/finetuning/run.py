@@ -41,7 +41,7 @@ from declip.training import distributed
 from declip.training.assemble import assemble, held_out_sets
 from declip.training.distributed import HostGroup
 from declip.training.pairs import open_training_source
-from declip.training.state import Extensions
+from declip.training.state import NOTHING_PREPARED, Extensions, Prepared
 from declip.training.trainer import Trainer
 
 FINETUNED = Path("runs") / "finetune"
@@ -214,11 +214,11 @@ def _train_towers(
     """Train towers by gradient steps, or continue such a run."""
     request = start.request
     with ExitStack() as held:
+        prepared = NOTHING_PREPARED
         # --- the recipe; rank 0 alone writes, and only into a folder that it holds
         hosts.on_rank_zero(partial(held.enter_context, lock_run_folder(folder, resume)))
         if resume and (folder / RECIPE).is_file():
             recipe = moved_lists(load_recipe(folder / RECIPE, request.keys), folder)
-            added = Extensions(sources=sources)
             hosts.on_rank_zero(partial(_refuse_others, recipe, request))
         else:
             split: Split | None = None
@@ -230,24 +230,17 @@ def _train_towers(
 
             recipe, lists = hosts.on_rank_zero(choose)
             if split is not None:
-                added = Extensions(
-                    sources=split.sources, held_out=split.held_out, start=start.weights, lists=lists
-                )
+                sources = split.sources
+                prepared = Prepared(split.held_out, start.weights, lists)
             else:  # another rank, which opens the lists by name
-                added = Extensions(sources=open_lists(lists, sources))
+                sources = open_lists(lists, sources)
         # --- the run
-        state = assemble(recipe, folder, resume, added)
-        for warning in (
-            caption_warnings(state.source, state.model.tokenizer)
-            if distributed.is_rank_zero()
-            else ()
-        ):
-            log.warning(warning)
-        mixes = (
-            state.pretrained is not None
-            and state.pretrained.whole
-            and recipe.train.patience is not None
-        )
+        state = assemble(recipe, folder, resume, Extensions(sources=sources), prepared)
+        if distributed.is_rank_zero():
+            for warning in caption_warnings(state.source, state.model.tokenizer):
+                log.warning(warning)
+        whole = state.pretrained is not None and state.pretrained.whole
+        mixes = whole and recipe.train.patience is not None
 
         def finish(folder: Path, model: DualEncoder) -> None:
             mixed = mix_with_start(folder, state.held_out, progress) if mixes else None

@@ -12,6 +12,7 @@ from declip.data.batch import Plan, plan_views
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import PairSource
 from declip.data.sources.checks import refuse_broken
+from declip.data.sources.subset import Lists
 from declip.errors import UserError
 from declip.evaluation.held_out import HeldOutSets
 from declip.io.pool import cores
@@ -30,7 +31,14 @@ from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import open_training_source, sample_hashes
 from declip.training.parallel import build_learner
 from declip.training.pretrained import apply_pretrained, load_pretrained
-from declip.training.state import NO_EXTENSIONS, Extensions, RunState, restore
+from declip.training.state import (
+    NO_EXTENSIONS,
+    NOTHING_PREPARED,
+    Extensions,
+    Prepared,
+    RunState,
+    restore,
+)
 from declip.training.trackers import check_trackers
 
 MOST_LOADERS = 32  # loader processes of a training process: each holds two batches in shared memory
@@ -66,14 +74,15 @@ def assemble(
     folder: Path,
     resume: bool = False,
     extensions: Extensions = NO_EXTENSIONS,
+    prepared: Prepared = NOTHING_PREPARED,
 ) -> RunState:
     """Build the state of a recipe's run, or of the run in the folder, to continue it; see `declip.train`."""
     device, hosts = distributed.init_distributed(recipe.train.device)
     set_up(device, recipe.train)
     # --- pretrained weights, pairs and held-out sets
-    weights = load_pretrained(recipe, folder, resume, extensions.start)
+    weights = load_pretrained(recipe, folder, resume, prepared.weights)
     source = open_training_source(recipe, extensions.sources)
-    held_out = extensions.held_out or HeldOutSets(recipe, extensions.sources)
+    held_out = prepared.held_out or HeldOutSets(recipe, extensions.sources)
     # --- the recipe, which does not change from here on
 
     def resolved() -> Recipe:
@@ -124,7 +133,7 @@ def assemble(
         recipe, folder, extensions, hosts, source, held_out, model, objective, pretrained, learner, built,
         loader, workers, samples,
     )  # fmt: skip
-    _start_or_continue(state, resume)
+    _start_or_continue(state, resume, prepared.lists)
     return state
 
 
@@ -186,16 +195,14 @@ def build_loader(
     )
 
 
-def _start_or_continue(state: RunState, resume: bool) -> None:
+def _start_or_continue(state: RunState, resume: bool, lists: Lists) -> None:
     """Lock the run folder; restore the checkpoint in it, which rank 0 chooses, or save what the run starts from."""
     checkpoint: Checkpoint | None = None
 
     def choose() -> int | None:
         nonlocal checkpoint
         state.lock = run_folder.lock_folder(state.folder)
-        checkpoint = run_folder.open_folder(
-            state.recipe, state.folder, resume, state.extensions.lists
-        )
+        checkpoint = run_folder.open_folder(state.recipe, state.folder, resume, lists)
         return None if checkpoint is None else checkpoint.step
 
     step = state.hosts.on_rank_zero(choose)

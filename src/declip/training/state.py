@@ -85,12 +85,17 @@ class Extensions(NamedTuple):
     optimizer: OptimizerFactory | None = None
     augment: Augment | None = None
     sources: Sources = NO_SOURCES
-    held_out: HeldOutSets | None = None  # if some are open already
-    start: Weights | None = None  # pretrained weights, if they are read already
-    lists: Lists = NO_LISTS  # of a split, written when the run begins
 
 
-NO_EXTENSIONS = Extensions()
+class Prepared(NamedTuple):
+    """What a fine-tuning has read already when its run begins."""
+
+    held_out: HeldOutSets | None = None
+    weights: Weights | None = None
+    lists: Lists = NO_LISTS  # of a split, to be written into the run folder
+
+
+NO_EXTENSIONS, NOTHING_PREPARED = Extensions(), Prepared()
 
 
 @dataclass
