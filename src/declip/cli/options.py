@@ -42,12 +42,12 @@ def file(help: str, *names: str, metavar: str = "FILE") -> Any:
 
 def existing(param: typer.CallbackParam, given: Any) -> Any:
     """Refuse a source whose path does not exist; names, URLs and patterns pass."""
-    from declip.recipe.checks import check_source
+    from declip.recipe.checks import as_list, check_source
 
-    for source in (given,) if isinstance(given, str) else given or ():
-        check_source(
-            source, param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper()
-        )
+    name = param.opts[0]
+    option = name if name.startswith("-") else name.upper()
+    for source in as_list(given):
+        check_source(source, option)
     return given
 
 

@@ -176,7 +176,8 @@ def _print_hits(hits: "list[Hit]", group: str | None) -> None:
         texts = [hit.key, "; ".join(hit.captions[:2])]
         if explained:
             texts.append("; ".join(hit.resembles))
-        cells = [str(number), f"{hit.score:.3f}", *(sanitize(text, len(text)) for text in texts)]
+        cells = [str(number), f"{hit.score:.3f}"]
+        cells += [sanitize(text, len(text)) for text in texts]
         if with_copies:
             cells.append(f"+ {len(hit.copies):,}" if hit.copies else "")
         rows.append(tuple(cells))

@@ -154,8 +154,9 @@ def _print_finetuned(run: Any) -> None:
         best = f"Best: step {run.best_step:,} of {run.step:,}."
         say(best if run.evaluated else "No validation set: nothing was measured.")
         _print_skipped(run, ", counted in each epoch")  # a pair is read several times
-    size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file()) / 2**20
-    say(f"Report: {run.report}. Exported: {run.folder / 'exported'} (the run has {size:,.0f} MiB)")
+    size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
+    mib = f"{size / 2**20:,.0f} MiB"
+    say(f"Report: {run.report}. Exported: {run.folder / 'exported'} (the run has {mib})")
     say(
         f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'"
     )

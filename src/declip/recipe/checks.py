@@ -85,6 +85,7 @@ def as_list(given: Any) -> list[Any]:
 
 def read_counts(text: str) -> tuple[int, ...]:
     """Parse "1k,2.5k,10000" into ascending distinct numbers of pairs; raises `UserError` for anything else."""
+    units = {"": 1, "k": 1_000, "m": 1_000_000}
     counts = set()
     for word in text.split(","):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", word, re.IGNORECASE)
@@ -92,5 +93,5 @@ def read_counts(text: str) -> tuple[int, ...]:
             raise UserError(
                 f"'{word}' is not a number of pairs. Write numbers with commas, such as 500,1k,2.5k,1m."
             )
-        counts.add(round(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]))
+        counts.add(round(float(match[1]) * units[match[2].lower()]))
     return tuple(sorted(counts))

@@ -16,11 +16,13 @@ from declip.io.yaml_dialect import read_yaml
 from declip.recipe.schema import Data, Recipe
 
 LIBRARY = Path(__file__).parent / "library"
+WHOLE = ("loss_weights", "model_kwargs")  # sections that a recipe replaces
 
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, and of those of plugins."""
-    return sorted({path.stem for path in LIBRARY.glob("[!_]*.yaml")} | {*plugins("recipes")})
+    shipped = {path.stem for path in LIBRARY.glob("[!_]*.yaml")}
+    return sorted(shipped.union(plugins("recipes")))
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -142,11 +144,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        replace = key in {
-            "loss_weights",
-            "model_kwargs",
-        }  # a recipe names its terms and its tower whole
-        merged[key] = _merge(merged[key], value) if both and not replace else value
+        merged[key] = _merge(merged[key], value) if both and key not in WHOLE else value
     return merged
 
 
@@ -154,11 +152,15 @@ def _with_own_sets(
     tree: dict[str, Any], base: Mapping[str, Any], over: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Merged tree, without the evaluation sets of `base` where `over` names another source."""
-    sections = [
-        part["data"] if isinstance(part.get("data"), Mapping) else {} for part in (tree, base)
-    ]
-    new, old = (section.get("source", Data.model_fields["source"].default) for section in sections)
-    return tree if new == old else {**tree, "evaluation": over.get("evaluation", {})}
+    if _source_of(tree) == _source_of(base):
+        return tree
+    return {**tree, "evaluation": over.get("evaluation", {})}
+
+
+def _source_of(tree: Mapping[str, Any]) -> Any:
+    data = tree.get("data")
+    given = data if isinstance(data, Mapping) else {}
+    return given.get("source", Data.model_fields["source"].default)
 
 
 def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -195,17 +197,21 @@ def _explain(problem: Mapping[str, Any]) -> str:
 
 def unknown_key(given: str) -> UserError:
     """Build the error for an unknown recipe key, with the key meant: by a name of other tools, else by letters."""
-    # By the last part of the name, in our words and in those of other tools, then by its letters.
     name = given.rpartition(".")[2].lower().replace("-", "_")
     keys = list(recipe_keys())
+    # --- keys by the last part of their names, in our words and in those of other tools
     meant: dict[str, set[str]] = {}
     for key in keys:
         meant.setdefault(key.rpartition(".")[2], set()).add(key)
-    meant |= {word: {key} for key, words in synonyms().items() for word in words.split()}
-    nearest = get_close_matches(given, keys, n=1, cutoff=0.85) or get_close_matches(
-        name, meant, n=1, cutoff=0.8
-    )
-    candidates = meant.get(name) or {key for word in nearest for key in meant.get(word, {word})}
+    for key, words in synonyms().items():
+        meant |= {word: {key} for word in words.split()}
+    # --- by that part, then by letters
+    candidates = meant.get(name, set())
+    if not candidates:
+        nearest = get_close_matches(given, keys, n=1, cutoff=0.85)
+        nearest = nearest or get_close_matches(name, meant, n=1, cutoff=0.8)
+        for word in nearest:
+            candidates = meant.get(word, {word})
     if len(candidates) == 1:
         return UserError(
             f"Unknown recipe key '{given}'. Did you mean '{min(candidates)}'? See `declip recipes show NAME`."
@@ -217,7 +223,8 @@ def unknown_key(given: str) -> UserError:
 @cache
 def synonyms() -> dict[str, str]:
     """Read the names that other tools have for recipe keys, by key."""
-    table: dict[str, str] = yaml.safe_load((LIBRARY.parent / "synonyms.yaml").read_text("utf-8"))
+    path = LIBRARY.parent / "synonyms.yaml"
+    table: dict[str, str] = yaml.safe_load(path.read_text("utf-8"))
     return table
 
 

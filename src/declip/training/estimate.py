@@ -50,7 +50,8 @@ def estimate(recipe: Recipe, terms: Terms = NO_TERMS) -> str:
 
 def encoding_seconds(model: DualEncoder, pairs: PairSource) -> float:
     """Estimate the time to encode all pairs by that of a few, evenly spaced."""
-    chosen = np.linspace(0, len(pairs) - 1, min(ENCODED, len(pairs))).astype(int)
+    count = min(ENCODED, len(pairs))
+    chosen = np.linspace(0, len(pairs) - 1, count).astype(int)
     began = time.perf_counter()
     encode_source(model, pairs, indices=chosen)
     return (time.perf_counter() - began) * len(pairs) / len(chosen)

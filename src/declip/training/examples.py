@@ -50,11 +50,13 @@ def view_sheet(
     mean = torch.tensor(statistics.mean).view(3, 1, 1)
     std = torch.tensor(statistics.std).view(3, 1, 1)
     finished = apply_photometric(batch.views, mean, std)
-    changed = (batch.texts[0] != batch.texts[-1]).any(1).float()
+    augmented = batch.texts[0] != batch.texts[-1]
+    changed = augmented.any(1).float()
     if batch.labels is not None:
         changed += (batch.labels != IGNORED).any(1)
     order = np.random.default_rng(0).permutation(len(batch))
-    chosen = order[np.argsort(-changed.numpy()[order], kind="stable")][:SHOWN_PAIRS]
+    most_changed = np.argsort(-changed.numpy()[order], kind="stable")
+    chosen = order[most_changed][:SHOWN_PAIRS]
     rows, all_texts = [], []
     for row in chosen.tolist():
         views = [
@@ -76,7 +78,8 @@ def view_sheet(
 def _masked(tokenizer: CaptionTokenizer, masked: Tensor, labels: Tensor) -> str:
     """Decode a corrupted caption; a token to predict is in brackets with its original: "a [mask: cat] sat"."""
     words = []
-    for token, label in zip(masked.tolist()[1:], labels.tolist()[1:], strict=True):
+    tokens = zip(masked[1:].tolist(), labels[1:].tolist(), strict=True)
+    for token, label in tokens:
         if token == tokenizer.end:
             break
         word = "mask" if token == tokenizer.mask else tokenizer.decode([token])

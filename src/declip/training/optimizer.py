@@ -42,11 +42,13 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
+    norms = x.flatten(1).norm(dim=1).clamp_min(1e-7)
+    x = x / norms[:, None, None]
     if x.shape[2] < 2 * x.shape[1] or x.dtype == torch.bfloat16:
         for _ in range(ITERATIONS):
             gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+            p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, p, x, beta=a)
     else:
         # x ← p(x xᵀ) x turns x xᵀ into p (x xᵀ) p, so the small squares can be iterated alone: for wide matrices less
         # than half the work. They hold the singular values squared, too small for bfloat16.

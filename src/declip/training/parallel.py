@@ -271,7 +271,8 @@ class _Normalized(torch.autograd.Function):
         rows = values.numel() // x.shape[1]
         variance, mean = torch.var_mean(values, axes, correction=0)  # (C,)
         # A constant, so without a copy
-        own = torch.cat([mean, variance * rows, values.new_full((1,), rows)])
+        count_of_rank = values.new_full((1,), rows)
+        own = torch.cat([mean, variance * rows, count_of_rank])
         ranks = distributed.from_ranks(own)  # (W, 2 · C + 1)
         means, squares, counts = ranks.split([len(mean), len(mean), 1], dim=1)
         count = counts.sum()
@@ -310,4 +311,6 @@ class _Normalized(torch.autograd.Function):
 
 def _axes(x: Tensor) -> tuple[list[int], list[int]]:
     """The axes of (B, C, ...) that a channel's statistics are of, and the shape of these for all channels."""
-    return [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+    axes = [0, *range(2, x.ndim)]
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    return axes, shape

@@ -213,7 +213,8 @@ def _refuse_other_pairs(state: RunState, before: Mapping[str, list[str]]) -> Non
         then = before.get(name, now)
         pairs = f"{name} '{state.source.name}'" if name == TRAINING else f"set '{name}'"
         # A broken pair, empty here, may be repaired.
-        differ = sum(a != b for a, b in zip(then[1:], now[1:], strict=False) if a and b)
+        both = zip(then[1:], now[1:], strict=False)
+        differ = sum(a != b for a, b in both if a and b)
         if differ or then[0] != now[0]:
             change = f"{differ} of {len(now) - 1} sampled keys or captions differ; {then[0]} pairs then, {now[0]} now"
             raise UserError(

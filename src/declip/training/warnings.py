@@ -25,7 +25,8 @@ class LossMonitor:
         # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
         self._lowest = min(self._lowest, loss)
         flat = step >= FLAT_AFTER and abs(loss - self.chance) < 0.02
-        if not flat and (step <= self.warmup_steps or loss <= max(self.chance, self._lowest) + 1):
+        usual = loss <= max(self.chance, self._lowest) + 1
+        if not flat and (step <= self.warmup_steps or usual):
             return None
         self.watched = None  # no second warning
         if flat:
