@@ -36,17 +36,18 @@ def train(
     dry_run: Annotated[bool, Option("--dry-run", help="only estimate memory and time")] = False,
 ) -> None:
     """Train a model as a recipe describes, evaluate it, and write a report."""
-    from declip import api
+    from declip.recipe.checks import load_for_training
     from declip.recipe.load import parse_overrides
 
-    given, sets = parse_overrides(overrides or []), val or ()
+    loaded = load_for_training(recipe, parse_overrides(overrides or []), data, val or (), resume)
+    from declip import api
+
     if dry_run:
-        from declip.recipe.checks import load_for_training
         from declip.training.estimate import estimate
 
-        say(estimate(load_for_training(recipe, given, data, sets), api.terms_of(terms)))
+        say(estimate(loaded, api.terms_of(terms)))
         return
-    run = api.train(recipe, given, out, resume, progress=progress, data=data, val=sets, terms=terms)
+    run = api.train(loaded, out=out, resume=resume, progress=progress, terms=terms)
     leave_unless_finished(run)
     _print_results(run)
     say(f"Report: {run.report}")
@@ -118,12 +119,14 @@ def finetune(
     progress: opt.Progress = True,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model."""
-    from declip.finetuning.run import finetune as run_finetuning
+    from declip.finetuning.request import Request
     from declip.recipe.load import parse_overrides
 
     given = parse_overrides(overrides or [])
-    sets: dict[str, Any] = {"val": val or (), "keep": keep or ()}
-    run = run_finetuning(pairs, weights, given, out, resume, progress, freeze=freeze, **sets)
+    request = Request.of(pairs, weights, given, val or (), keep or (), freeze)
+    from declip.finetuning.run import run_request
+
+    run = run_request(request, out, resume, progress)
     leave_unless_finished(run)
     _print_finetuned(run)
 
@@ -278,19 +281,21 @@ def compare(
 
     Run the command again to continue an interrupted comparison, and in several shells to share the work.
     """
-    from declip import api
     from declip.recipe.checks import read_counts
     from declip.recipe.load import parse_overrides
-    from declip.reports.comparison import summary
 
     counts, recipes = read_counts(pairs), [word for word in words if "=" not in word]
+    overrides = parse_overrides([word for word in words if "=" in word])
+    from declip import api
+    from declip.reports.comparison import summary
+
     folder = out or api.COMPARISON
     outcome = api.compare(
         recipes,
         counts,
         seeds,
         out=folder,
-        overrides=parse_overrides([word for word in words if "=" in word]),
+        overrides=overrides,
         datasets=datasets or (),
         tasks=tasks or ("zero-shot",),
         shots=shots,
