@@ -29,12 +29,12 @@ def read_classes(given: str | Path | Sequence[str]) -> list[str]:
                 f"The classes '{given}' cannot be read: {error}. Give a text file with one class per line, or names "
                 "separated by commas."
             ) from error
-    names = list(dict.fromkeys(filter(None, (" ".join(str(name).split()) for name in names))))
-    if len(names) < 2:
-        raise UserError(
-            f"Give two classes or more, not {len(names)}{f': {names[0]!r}' if names else ''}."
-        )
-    return names
+    spaced = (" ".join(str(name).split()) for name in names)
+    distinct = [name for name in dict.fromkeys(spaced) if name]
+    if len(distinct) < 2:
+        only = f": {distinct[0]!r}" if distinct else ""
+        raise UserError(f"Give two classes or more, not {len(distinct)}{only}.")
+    return distinct
 
 
 def check_classes(

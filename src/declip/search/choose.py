@@ -46,13 +46,12 @@ class ChosenImages:
         """What the images cover, and what was left out."""
         total, chosen = len(self.index), len(self.images)
         sample = f"a random sample of {self.compared:,} of " if self.compared < total else ""
-        steps = dict.fromkeys(max(1, chosen * quarters // 4) for quarters in (1, 2, 4))
-        covered = ", ".join(
-            f"{percent(self.images[step - 1].score)} with {step:,}" for step in steps
-        )
-        lines = [
-            f"{chosen:,} images of {sample}{total:,}, {self.known:,} captioned before; covered: {covered}"
-        ]
+        parts = []
+        quarter, half = max(1, chosen // 4), max(1, chosen // 2)
+        for step in dict.fromkeys((quarter, half, chosen)):
+            parts.append(f"{percent(self.images[step - 1].score)} with {step:,}")
+        images = f"{chosen:,} images of {sample}{total:,}, {self.known:,} captioned before"
+        lines = [f"{images}; covered: {', '.join(parts)}"]
         return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
 
     @property
@@ -118,9 +117,8 @@ def choose(
     known = torch.empty(0, opened.info.dimension)
     if have is not None:
         captioned = open_or_embed(opened.model, have, **options)
-        known = captioned.vectors(
-            captioned.ids[np.array(list(map(bool, captioned.captions())), dtype=bool)]
-        )
+        has_captions = np.array([bool(own) for own in captioned.captions()], dtype=bool)
+        known = captioned.vectors(captioned.ids[has_captions])
     choice = choose_from(opened, count, known, seed)
     if path is not None:
         choice.write(path, overwrite)
@@ -131,24 +129,24 @@ def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Chose
     """Choose images of an index, `known` (m, d) being the vectors of those with captions."""
     ids, most = index.ids, max(MOST, SAMPLED * count)
     if len(ids) > most:
-        ids = np.sort(np.random.default_rng(seed).choice(ids, most, replace=False))
+        sample = np.random.default_rng(seed).choice(ids, most, replace=False)
+        ids = np.sort(sample)
     steps = list(facility_location(index.vectors(ids), known, count))
     if not steps:
         raise UserError(
             f"All {len(ids):,} images are near-duplicates of captioned images. Add other images."
         )
     rows = index.rows([ids[row] for row, _ in steps])
-    hits = [
-        Hit(**vars(row), score=coverage) for row, (_, coverage) in zip(rows, steps, strict=True)
-    ]
+    hits = []
+    for row, (_, coverage) in zip(rows, steps, strict=True):
+        hits.append(Hit(**vars(row), score=coverage))
     return ChosenImages(hits, index, len(known), len(ids))
 
 
 def check_files(index: Index) -> None:
     """Raise a `UserError` unless a table can name the file of each image."""
-    without = [
-        row for row, path in enumerate(index.paths()) if not path.lower().endswith(EXTENSIONS)
-    ]
+    named = [path.lower().endswith(EXTENSIONS) for path in index.paths()]
+    without = [row for row, has_name in enumerate(named) if not has_name]
     if not without:
         return
     source = index.info.source.name
@@ -166,8 +164,11 @@ def check_files(index: Index) -> None:
 
 def image_cell(index: Index, id: int, folder: Path) -> str:
     """The path of an image as a table in `folder` names it: relative below the folder or the working directory."""
-    path = relative(index.row(id).origin.path, folder).removeprefix(f"{folder.resolve()}{os.sep}")
-    return os.path.join(os.curdir, path) if FORMULA.match(path) or path.startswith("~") else path
+    path = relative(index.row(id).origin.path, folder)
+    path = path.removeprefix(f"{folder.resolve()}{os.sep}")
+    if FORMULA.match(path) or path.startswith("~"):
+        return os.path.join(os.curdir, path)
+    return path
 
 
 def facility_location(vectors: Tensor, known: Tensor, count: int) -> Iterator[tuple[int, float]]:
@@ -183,10 +184,13 @@ def facility_location(vectors: Tensor, known: Tensor, count: int) -> Iterator[tu
     it; fewer than `count` if all others are near-duplicates.
     """
     mean = vectors.mean(dim=0)
-    units, before = (normalize(rows - mean, dim=-1) for rows in (vectors, known))
-    covered, free = torch.zeros(len(units)), torch.ones(len(units), dtype=torch.bool)
+    units = normalize(vectors - mean, dim=-1)
+    before = normalize(known - mean, dim=-1)
+    covered = torch.zeros(len(units))
+    free = torch.ones(len(units), dtype=torch.bool)
     for block in before.split(ROWS) if len(before) else ():
-        covered = torch.maximum(covered, _similarities(units, block).amax(dim=1))
+        nearest = _similarities(units, block).amax(dim=1)
+        covered = torch.maximum(covered, nearest)
         free &= (units @ block.mT).amax(dim=1) < ALIKE
     bounds = torch.full((len(units),), -torch.inf)
     bounds[free] = _gains(units, covered, free.nonzero().flatten())
@@ -194,7 +198,8 @@ def facility_location(vectors: Tensor, known: Tensor, count: int) -> Iterator[tu
         row = _largest(units, covered, bounds)
         if bounds[row] == -torch.inf:
             return
-        covered = torch.maximum(covered, _similarities(units, units[row][None])[:, 0])
+        similarities = _similarities(units, units[row][None])
+        covered = torch.maximum(covered, similarities[:, 0])
         bounds[units @ units[row] >= ALIKE] = -torch.inf
         bounds[row] = -torch.inf  # also a row that equals the mean, which has no direction
         yield row, float(covered.mean())
@@ -208,8 +213,12 @@ def _similarities(units: Tensor, rows: Tensor) -> Tensor:
 
 def _gains(units: Tensor, covered: Tensor, rows: Tensor) -> Tensor:
     """(b,), what each row adds to the sum of `covered` (n,)."""
-    blocks = (_similarities(units, units[block]) for block in rows.split(ROWS))  # (n, b)
-    return torch.cat([block.sub_(covered[:, None]).clamp_(min=0).sum(dim=0) for block in blocks])
+    gains = []
+    for block in rows.split(ROWS):
+        similarities = _similarities(units, units[block])  # (n, b)
+        added = similarities.sub_(covered[:, None]).clamp_(min=0)
+        gains.append(added.sum(dim=0))
+    return torch.cat(gains)
 
 
 def _largest(units: Tensor, covered: Tensor, bounds: Tensor) -> int:

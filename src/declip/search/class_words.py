@@ -44,12 +44,12 @@ def classes_of(query: str, model: Any) -> tuple[int, ...]:
 @cache
 def _table() -> dict[str, tuple[int, ...]]:
     """The shipped table, read once per process: classes by word, in singular and plural."""
-    rows = (line.split("\t") for line in read_lines("class_words.txt"))
-    return {
-        word: tuple(map(int, numbers.split()))
-        for words, numbers in rows
-        for word in words.split("|")
-    }
+    classes = dict[str, tuple[int, ...]]()
+    for line in read_lines("class_words.txt"):
+        words, numbers = line.split("\t")
+        own = tuple(map(int, numbers.split()))
+        classes |= dict.fromkeys(words.split("|"), own)
+    return classes
 
 
 @torch.no_grad()
@@ -59,6 +59,6 @@ def class_direction(model: Any, classes: tuple[int, ...]) -> Tensor | None:
     classifier = projection.projection if isinstance(projection, NeighborProjection) else projection
     if not isinstance(classifier, PosteriorProjection) or len(classifier.classes) != CLASSES:
         return None
-    return normalize(
-        normalize(projection.embed_classes().float()[[*classes]], dim=-1).mean(dim=0), dim=0
-    ).cpu()
+    embedded = projection.embed_classes().float()[list(classes)]
+    mean = normalize(embedded, dim=-1).mean(dim=0)
+    return normalize(mean, dim=0).cpu()

@@ -109,9 +109,8 @@ class Classifier:
         encoder = loaded(model, device)
         names = _name_features(encoder, known, read_templates(templates)[1], batch_size)
         encode, width = joint_encoder(encoder)
-        given = Examples(
-            torch.empty(0, width + names.shape[1]), torch.empty(0).long(), names, width
-        )
+        no_images = torch.empty(0, width + names.shape[1])
+        given = Examples(no_images, torch.empty(0).long(), names, width)
         skipped, groups, leaking = SkipCounter(), None, None
         if source is not None:
             number = _numbers(known, source.class_names)
@@ -252,13 +251,19 @@ def _numbers(classes: tuple[str, ...], given: Any) -> np.ndarray:
         if first != number:
             both = f"'{printable(classes[first])}' and '{printable(name)}'"
             raise UserError(f"The classes {both} differ only in case or '_'. Rename one.")
-    keys = [str(name).replace("_", " ").casefold() for name in given]
-    if strange := [name for name, key in zip(given, keys, strict=True) if key not in numbers]:
+    found, strange = list[int](), list[str]()
+    for name in map(str, given):
+        key = name.replace("_", " ").casefold()
+        if key in numbers:
+            found.append(numbers[key])
+        else:
+            strange.append(name)
+    if strange:
         raise UserError(
             f"The examples have {len(strange):,} classes, such as '{printable(strange[0])}', that --classes lacks. "
             "Name them too."
         )
-    return np.array([numbers[key] for key in keys], dtype=np.int64)
+    return np.array(found, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -389,8 +394,10 @@ def _predictions(
     """The predictions of batches of vectors (n, d); counts broken images in `skipped`."""
     for vectors, keys, broken in stream:
         skipped.merge(broken)
-        scores = score(vectors).double() if keys else torch.empty(0, len(names))  # (n, C)
-        for key, own in zip(keys, scores.softmax(dim=1).tolist(), strict=True):
+        if not keys:
+            continue
+        softmax = score(vectors).double().softmax(dim=1)  # (n, C)
+        for key, own in zip(keys, softmax.tolist(), strict=True):
             probabilities = dict(zip(names, own, strict=True))
             best = max(probabilities, key=probabilities.__getitem__)
             yield Prediction(key, best, probabilities[best], probabilities)
@@ -436,7 +443,9 @@ def _open(images: str | Path | PairSource | Items, columns: Columns) -> ImageSou
     """Open images: also a single file, or the files of a pattern."""
     if isinstance(images, str | Path):
         path = Path(images).expanduser()
-        names = [str(path)] if path.exists() else sorted(glob(str(path), recursive=True))
+        names = [str(path)]
+        if not path.exists():
+            names = sorted(glob(str(path), recursive=True))
         if files := [name for name in names if name.lower().endswith(EXTENSIONS)]:
             images = files
     return open_images(images, columns)

@@ -134,11 +134,10 @@ class _Embedding:
         for block in blocks:
             known = cache.find([keys[index] for index in block])
             missing = [index for index in block if keys[index] not in known]
-            own = [
-                missing[at : at + self.batch_size] for at in range(0, len(missing), self.batch_size)
-            ]
-            batches += own
-            counts.append(len(own))
+            before = len(batches)
+            for at in range(0, len(missing), self.batch_size):
+                batches.append(missing[at : at + self.batch_size])
+            counts.append(len(batches) - before)
         stream = encode_batches(
             self.model, self.source, read_image, batches, self.workers, self.progress
         )
@@ -254,5 +253,6 @@ def _usual_folder(
     read = "" if columns == DEFAULT else f" {columns}"
     text = f"{fingerprint(encoder)} {absolute(source)}{read}"
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.removeprefix("builtin:")).strip("-")
+    name = Path(source).name.removeprefix("builtin:")
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
     return Path("indices") / f"{(plain or 'source')[:40]}-{digest[:8]}"

@@ -73,7 +73,8 @@ class Embedder:
         ids = _column(batch, self.id, "id")
         indices: Sequence[int] = range(len(ids))
         if self.source is None:
-            items: list[Any] = [(image, None) for image in _column(batch, self.image, "image")]
+            images = _column(batch, self.image, "image")
+            items: list[Any] = [(image, None) for image in images]
             source = ImageSource(ItemSource(items or [None]), captioned=False)
         else:
             indices, source = ids, _open(self.source, self.columns)

@@ -28,12 +28,18 @@ def anchor_names(where: str | Path) -> list[str]:
         classes = read_start(str(where)).named_classes()
         return [] if classes is None else list(classes.names)
     folder = Path(where).expanduser()
-    return [caption for _, caption in FittedRun(folder).known] if is_fitted(folder) else []
+    if not is_fitted(folder):
+        return []
+    return [caption for _, caption in FittedRun(folder).known]
 
 
 @torch.no_grad()
 def resembled(
-    model: Encoder, names: list[str], text: str, images: list[Image.Image], count: int
+    model: Encoder,
+    names: list[str],
+    text: str,
+    images: list[Image.Image],
+    count: int,
 ) -> list[tuple[str, ...]]:
     """Name up to `count` anchors that a text and each of the images both resemble, the most similar first."""
     sides = _sides(model)
@@ -44,7 +50,8 @@ def resembled(
         )
     assert isinstance(model, DualEncoder)
     image_side, text_side = sides[0].side, sides[1].side
-    of_text = model.text_tower.pool(model.tokenize([text])).float().cpu()[0]
+    tokens = model.tokenize([text])
+    of_text = model.text_tower.pool(tokens)[0].float().cpu()
     found = []
     for image in images:
         of_image = _pooled(model, image)

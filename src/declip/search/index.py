@@ -54,16 +54,18 @@ class Hit(IndexedImage):
 
     def to_dict(self) -> dict[str, Any]:
         """The hit as plain data."""
-        origin = {"path": self.origin.path, "offset": self.origin.offset, "size": self.origin.size}
-        shown = {
+        return {
             "id": self.id,
             "key": self.key,
             "score": self.score,
             "captions": list(self.captions),
             "copies": list(self.copies),
             "resembles": list(self.resembles),
+            "index": self.index,
+            "path": self.origin.path,
+            "offset": self.origin.offset,
+            "size": self.origin.size,
         }
-        return {**shown, "index": self.index, **origin}
 
 
 class Index:
@@ -180,7 +182,9 @@ class Index:
             with eval_mode(self.model):
                 pixels = self.model.preprocess([picture])
             vectors.append(image_features(self.model, pixels, self.model.encode_image)[0])
-        return vectors[0] if len(vectors) == 1 else mix(vectors[0], vectors[1], weights)
+        if len(vectors) == 1:
+            return vectors[0]
+        return mix(vectors[0], vectors[1], weights)
 
     def search(
         self,
@@ -230,7 +234,8 @@ class Index:
         vectors = torch.from_numpy(self._store.matrix(over))
         ids = torch.from_numpy(self.ids)
         if where:
-            ids = torch.from_numpy(matching({name: self.column(name) for name in where}, where))
+            columns = {name: self.column(name) for name in where}
+            ids = torch.from_numpy(matching(columns, where))
             vectors = vectors[ids]
         groups = None if group is None else [cells[0] for cells in self.column(group)]
         # --- all images, the best first; those without captions have vectors of zeros
@@ -244,7 +249,8 @@ class Index:
         limit = NO_COPY if copies else near_copy(images)
         found = distinct(ranked, images, k, groups, limit)
         positions = [position for hit in found for position in hit]
-        rows = dict(zip(positions, self.rows(ranked[positions].numpy()), strict=True))
+        described = self.rows(ranked[positions].numpy())
+        rows = dict(zip(positions, described, strict=True))
         hits = []
         for first, *others in found:
             alike = tuple(rows[position].key for position in others)
@@ -266,7 +272,8 @@ class Index:
                 "NaN, and k >= 0."
             )
         # Images without captions have vectors of zeros among those of captions.
-        ids, vectors = torch.from_numpy(self.ids), torch.from_numpy(self._store.matrix(over))
+        ids = torch.from_numpy(self.ids)
+        vectors = torch.from_numpy(self._store.matrix(over))
         return nearest(queries, ids, vectors, k, skip_zeros=over == "captions")
 
     @property
@@ -320,8 +327,11 @@ class Index:
         Its image is encoded again, as an index has vectors alone. For built-in starts, whose classes
         are named, and folders of `declip finetune`, whose pairs are named by their captions.
         """
+        explained = []
         found = self.resembled(text, [hit.id for hit in hits], count)
-        return [replace(hit, resembles=own) for hit, own in zip(hits, found, strict=True)]
+        for hit, names in zip(hits, found, strict=True):
+            explained.append(replace(hit, resembles=names))
+        return explained
 
     def resembled(self, text: str, ids: Sequence[int], count: int = 3) -> list[tuple[str, ...]]:
         """As `explain`, of images by their ids."""
@@ -365,7 +375,8 @@ class Index:
             f"{len(self):,} images, {info.dimension} numbers each in {info.dtype}{made}, {size / 1e6:,.1f} MB"
         ]
         lines += [f"Left out: {line}" for line in SkipCounter.from_dict(info.skipped).lines()]
-        if uncaptioned := pc.list_value_length(self._store.column("captions")).to_pylist().count(0):
+        counts = pc.list_value_length(self._store.column("captions"))
+        if uncaptioned := counts.to_pylist().count(0):
             lines.append(f"Without caption: {uncaptioned:,}")
         return "\n".join([*lines, f"Files: {', '.join(map(str, self._store.files))}"])
 
@@ -384,7 +395,10 @@ class Index:
     @cached_property
     def _indices(self) -> dict[str, int]:
         """The first index of each key in the current source."""
-        return {self._source.key(index): index for index in reversed(range(len(self._source)))}
+        indices = dict[str, int]()
+        for index in range(len(self._source)):
+            indices.setdefault(self._source.key(index), index)
+        return indices
 
 
 def products(queries: Tensor, vectors: Tensor) -> Tensor:
@@ -416,18 +430,16 @@ def nearest(
     vectors if that is smaller.
     """
     n = len(queries)
-    best_ids, best = torch.empty(n, 0, dtype=torch.int64), torch.empty(n, 0)
+    best_ids = torch.empty(n, 0, dtype=torch.int64)
+    best = torch.empty(n, 0)
     for own, block in zip(ids.split(ROWS), vectors.split(ROWS), strict=True):
         scores = products(queries, block)  # (n, rows of the block)
         if skip_zeros:
             scores.masked_fill_(~block.any(1), -torch.inf)
-        # --- the best of the block
-        columns = scores.topk(
-            min(k, scores.shape[1])
-        ).indices  # of equal ones at its end it takes any
-        columns = columns.sort(
-            dim=1
-        ).values  # (n, k) by id, so that stable sorting orders equal scores by id
+        # --- the best of the block: of equal ones at its end topk takes any
+        columns = scores.topk(min(k, scores.shape[1])).indices
+        # (n, k) by id, so that stable sorting orders equal scores by id
+        columns = columns.sort(dim=1).values
         # --- the best so far
         best_ids = torch.cat([best_ids, own[columns]], dim=1)
         best = torch.cat([best, scores.gather(1, columns)], dim=1)

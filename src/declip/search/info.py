@@ -45,9 +45,9 @@ class SourceInfo(InfoSection):
     def columns_of(self, folder: Path) -> Columns:
         """The columns of the source of the index in `folder`."""
         root = self.columns.root
-        return (
-            self.columns if root is None else replace(self.columns, root=resolve(str(root), folder))
-        )
+        if root is None:
+            return self.columns
+        return replace(self.columns, root=resolve(str(root), folder))
 
 
 class ModelInfo(InfoSection):

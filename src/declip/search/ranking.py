@@ -59,7 +59,11 @@ def near_copy(vectors: Tensor) -> float:
 
 
 def distinct(
-    ranking: Tensor, vectors: Tensor, k: int, groups: Sequence[str] | None, limit: float = NEAR_COPY
+    ranking: Tensor,
+    vectors: Tensor,
+    k: int,
+    groups: Sequence[str] | None,
+    limit: float = NEAR_COPY,
 ) -> list[list[int]]:
     """Divide a ranking into k hits: an image with its near copies, and with others of its group.
 

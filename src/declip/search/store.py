@@ -34,7 +34,8 @@ _COLUMNS = {
     "offset": pa.int64(),
     "size": pa.int64(),
 }
-SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _COLUMNS.items()])
+_FIELDS = [pa.field(name, kind, nullable=False) for name, kind in _COLUMNS.items()]
+SCHEMA = pa.schema(_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class Store:
                 self.matrices[over] = matrix
         self._starts = np.cumsum([0, *sizes])
         paths = [folder / name for over, name in MATRICES.items() if over in self.matrices]
-        self.files = {path: path.stat().st_size for path in sorted([*paths, folder / ROWS])}
+        paths.append(folder / ROWS)
+        self.files = {path: path.stat().st_size for path in sorted(paths)}
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -134,7 +136,8 @@ class Store:
                 cells = (column[inside].as_py() for column in columns)
                 index, key, captions, path, offset, size = cells
                 origin = Origin(resolve(path, self.folder), offset, size)
-                rows[at] = IndexedImage(int(ids[at]), key, tuple(captions), index, origin)
+                id, texts = int(ids[at]), tuple(captions)
+                rows[at] = IndexedImage(id, key, texts, index, origin)
         return [rows[at] for at in range(len(ids))]
 
     def matrix(self, over: Over = "images") -> np.ndarray:

@@ -89,9 +89,9 @@ def check_target(folder: Path, wanted: IndexInfo, overwrite: bool) -> None:
     """
     if not folder.exists():
         return
-    others = (
-        [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else [folder]
-    )
+    others = [folder]
+    if folder.is_dir():
+        others = [path for path in folder.iterdir() if path.name[0] != "."]
     if not others:
         return
     if not (folder / INFO).is_file():
