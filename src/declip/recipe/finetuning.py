@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from declip.errors import UserError, unknown
 from declip.recipe.load import flat, load_recipe
+from declip.recipe.resolve import steps_of
 from declip.recipe.schema import Recipe
 
 FREEZE = {"both": ("all", "all"), "image": ("all", 0), "text": (0, "all"), "none": (0, 0)}
@@ -45,22 +46,23 @@ def read_overrides(
     for key in ARGUMENTS.keys() & given:
         raise UserError(f"{key}={given[key]} cannot be set here: use {ARGUMENTS[key]}.")
     # What the weights are is not known yet: keys that depend on them are set so that they allow the others.
-    image, text = FREEZE[
-        freeze or ("both" if given.get("finetune.class_names") is not None else "none")
-    ]
-    others: dict[str, Any] = {
+    named = given.get("finetune.class_names") is not None
+    others = {
+        **_frozen(freeze or ("both" if named else "none")),
+        "finetune.layer_decay": 1.0,
         "train.warmup_lr": 0,
         "train.evaluate_every": 1,
-        "evaluation.retrieval": ["validation"],
-    }
-    others |= {
-        "finetune.freeze_image_blocks": image,
-        "finetune.freeze_text_blocks": text,
-        "finetune.layer_decay": 1.0,
+        "evaluation.val": ["validation"],
     }
     checked = flat(load_recipe("finetune", {**others, **given}).model_dump())
     # Sections, and parts of values that are null, stay as they were given.
     return {key: checked.get(key, value) for key, value in given.items()}
+
+
+def _frozen(freeze: str) -> dict[str, Any]:
+    """The keys of --freeze."""
+    image, text = FREEZE[freeze]
+    return {"finetune.freeze_image_blocks": image, "finetune.freeze_text_blocks": text}
 
 
 def settings(
@@ -72,19 +74,16 @@ def settings(
     validated: bool = True,
 ) -> dict[str, Any]:
     """Choose recipe keys by the number of pairs; none of the user's, as `read_overrides` returns them, is changed."""
-    given = {
-        key: value for key, value in (given or {}).items() if (key, value) != ("train.epochs", None)
-    }
-    lora = any(value is not None for key, value in given.items() if key.startswith("finetune.lora"))
+    given = dict(given or {})
+    if given.get("train.epochs", 1) is None:
+        del given["train.epochs"]
+    of_lora = [given[key] for key in given if key.startswith("finetune.lora")]
+    lora = any(value is not None for value in of_lora)
     if freeze is None:
         freeze = "both" if start == "heads" and on_cpu and not lora else "none"
     if freeze == "both":
         return _closed_form(given)
-    image, text = FREEZE[freeze]
-    keys: dict[str, Any] = {
-        "finetune.freeze_image_blocks": image,
-        "finetune.freeze_text_blocks": text,
-    }
+    keys = _frozen(freeze)
     # --- batch size and rates
     eighth = 1 << max(1, pairs // 8).bit_length() - 1  # a power of 2
     keys |= {
@@ -101,19 +100,14 @@ def settings(
     keys |= given
     # --- what follows from these, unless it is given
     per_epoch = max(1, pairs // keys["train.batch_size"])
-    steps = (
-        keys["train.steps"]
-        if "train.steps" in keys
-        else max(1, round(keys["train.epochs"] * per_epoch))
-    )
+    steps = keys.get("train.steps") or steps_of(keys["train.epochs"], per_epoch)
+    every = max(per_epoch, -(-steps // EVALUATIONS))
     rest = {
         "train.warmup_lr": keys["train.lr"] / 100,
         "train.warmup_steps": max(1, min(100, steps // 10)),
-        "train.evaluate_every": max(1, min(steps, max(per_epoch, -(-steps // EVALUATIONS))))
-        if validated
-        else 0,
+        "train.evaluate_every": max(1, min(steps, every)) if validated else 0,
     }
-    return {**rest, **keys}
+    return rest | keys
 
 
 def _closed_form(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,5 +118,4 @@ def _closed_form(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{key}={value} has no effect: with both towers frozen the projections are computed in closed form, "
                 "without steps or batches. Leave it out, or train the towers too with --freeze none."
             )
-    frozen = dict.fromkeys(("finetune.freeze_image_blocks", "finetune.freeze_text_blocks"), "all")
-    return {**frozen, "train.steps": 1, "train.warmup_steps": 0, **given}
+    return {**_frozen("both"), "train.steps": 1, "train.warmup_steps": 0, **given}

@@ -112,12 +112,16 @@ def _precision(recipe: Recipe, auto: str) -> str:
     return auto if given == "auto" else given
 
 
+def steps_of(epochs: float, per_epoch: int) -> int:
+    """Number of steps of epochs of complete batches."""
+    return max(1, round(epochs * max(1, per_epoch)))
+
+
 def _steps(recipe: Recipe, pairs: int) -> int:
-    """Epochs of complete batches."""
     train = recipe.train
     if train.epochs is None:
         return train.steps
-    return max(1, round(train.epochs * max(1, pairs // train.batch_size)))
+    return steps_of(train.epochs, pairs // train.batch_size)
 
 
 def _both(listed: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
