@@ -556,6 +556,11 @@ def test_a_start_that_stays_is_said_in_plain_words():
         True,
         False,
     )
+    known |= {"known_pairs": 31, "neighbors": [0.5, 0.5], "percentile_of_start": PERCENTILE}
+    lines = fitted_lines(SimpleNamespace(cross_validation=known, mixture={}))
+    assert "Nothing was changed" not in lines[0]
+    assert "pairs and classes an image and a caption both resemble" in lines[0]
+    assert "no better" in " ".join(lines[1:])
 
 
 def test_a_set_to_keep_without_images_is_refused_before_the_fit(folder, tmp_path):
