@@ -72,7 +72,8 @@ class Captioning:
             order += index.ids.tolist()
         elif len(order) < len(index):
             with suppress(UserError):  # all others are near-duplicates
-                order += [hit.id for hit in choose_from(index, MOST, index.vectors(order)).images]
+                chosen = choose_from(index, MOST, index.vectors(order))
+                order += [hit.id for hit in chosen.images]
         return list(dict.fromkeys(order))
 
     def next_position(self, tab: str, after: int) -> int | None:

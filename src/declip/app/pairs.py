@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,6 +47,17 @@ class Marked(RootModel[dict[Reason, list[ImageId]]]):
     """Ids of pairs to leave out, by the reason."""
 
 
+@dataclass(frozen=True)
+class MarkedPair:
+    """A pair to leave out, as a line of the list has it."""
+
+    key: str
+    index: int  # in the source
+    reason: Reason
+    cosine: float | None
+    caption: str
+
+
 class PairsQuestion(BaseModel):
     """The first row of a page, and limits: of cosines or ranks, and of cosines of near-duplicates."""
 
@@ -71,7 +83,8 @@ def compare_captions(state: AppState) -> Agreement:
     values = np.array([value for _, _, value in rows], np.float32)
     # --- the worst first, and the share that is listed
     order = np.argsort(-values if ranked else values, kind="stable")
-    limit = round(float(np.quantile(values, 1 - LISTED if ranked else LISTED)), DIGITS)
+    share = 1 - LISTED if ranked else LISTED
+    limit = round(float(np.quantile(values, share)), DIGITS)
     if ranked:
         limit = max(limit, LOWEST_RANK)
     ids = np.array([id for id, _, _ in rows])[order]
@@ -117,12 +130,13 @@ def disagreeing(state: AppState, asked: PairsQuestion) -> dict[str, Any]:
     agreement = state.once(compare_captions)
     values, ranked = agreement.values, agreement.ranked
     limit = agreement.limit if asked.limit is None else asked.limit
-    beyond = int((values > limit if ranked else values < limit).sum())
+    listed = values > limit if ranked else values < limit
+    beyond = int(listed.sum())
     page = slice(asked.start, min(asked.start + PAGE, beyond))
     ids = agreement.ids[page]
     rows = state.describe(ids)
-    listed = zip(agreement.captions[page], values[page].tolist(), strict=True)
-    for row, (caption, value) in zip(rows, listed, strict=True):
+    captions, shown = agreement.captions[page], values[page].tolist()
+    for row, caption, value in zip(rows, captions, shown, strict=True):
         others = len(row["captions"]) - 1
         row |= {"captions": [printable(caption)], "others": others, "value": value}
     if not ranked and len(ids):
@@ -219,35 +233,33 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
         ids, values = agreement.ids.tolist(), agreement.values.tolist()
         for id, caption, value in zip(ids, agreement.captions, values, strict=True):
             worst.setdefault(id, (caption, None if agreement.ranked else value))
-    rows: dict[int, tuple[str, int, str, float | None, str]] = {}
+    rows = dict[int, MarkedPair]()
     for reason, chosen in marked.root.items():
         for row in index.rows(np.intersect1d(chosen, index.ids)):
             caption, cosine = worst.get(row.id, (row.caption, None))
-            rows.setdefault(row.id, (row.key, row.index, reason, cosine, caption))
+            pair = MarkedPair(row.key, row.index, reason, cosine, caption)
+            rows.setdefault(row.id, pair)
     if not rows:
         raise UserError("The list is empty.")
     beside = os.path.relpath(index.folder.resolve())
     drop, rest = Path(f"{beside}.drop.jsonl"), Path(f"{beside}{LIST_KIND}")
     with state.reading:
-        names = ("key", "index", "reason", "cosine", "caption")
-        lines = []
-        for id in sorted(rows):
-            cells = dict(zip(names, rows[id], strict=True))
-            lines.append(json.dumps(cells) + "\n")
+        lines = [json.dumps(vars(rows[id])) + "\n" for id in sorted(rows)]
         write_text(drop, "".join(lines), HINT)
         # --- the other pairs of the source
         if not saved.path:
             raise UserError(
                 f"'{drop}' is written, but no list of the others: the source was a Python object."
             )
-        spec, columns = resolve(saved.path, index.folder), saved.columns_of(index.folder)
+        spec = resolve(saved.path, index.folder)
+        columns = saved.columns_of(index.folder)
         source = open_source(spec, columns)
         images = ImageSource(source)
-        for key, place, *_ in rows.values():
-            if place >= len(source) or images.key(place) != key:
+        for pair in rows.values():
+            if pair.index >= len(source) or images.key(pair.index) != pair.key:
                 problem = f"'{source.name}' has changed since it was embedded"
-                place_now = f"its pair {place} is not '{printable(key)}'"
-                raise UserError(f"{problem}: {place_now}. Run the command again.")
-        places = {place for _, place, *_ in rows.values()}
-        count = write_others(rest, spec, columns, source, places)
+                difference = f"its pair {pair.index} is not '{printable(pair.key)}'"
+                raise UserError(f"{problem}: {difference}. Run the command again.")
+        marked_indices = {pair.index for pair in rows.values()}
+        count = write_others(rest, spec, columns, source, marked_indices)
     return {"drop": str(drop), "rest": str(rest), "count": count}
