@@ -1,6 +1,7 @@
 """Fine-tuning of projections between frozen towers in closed form."""
 
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -159,6 +160,11 @@ def test_a_fit_is_two_matrices_its_measures_and_an_export_that_stands_alone(run,
         ["1"],
         1 / 8,
     )  # 10 is more than a fifth of 8
+    assert all(fitted_lines(run)), "no empty line"
+    place = round(100 - 99 * known["percentile"]["value"])
+    assert re.search(
+        rf"of the others [^<]* Among 100 images, the right one is then in place {place} ", page
+    )
     worst = run.facts["worst"]
     assert len({row["key"] for row in worst}) == len(worst) == 16
     shown = run.facts["queries"]["shown"]
@@ -558,6 +564,7 @@ def test_a_start_that_stays_is_said_in_plain_words():
     )
     known |= {"known_pairs": 31, "neighbors": [0.5, 0.5], "percentile_of_start": PERCENTILE}
     lines = fitted_lines(SimpleNamespace(cross_validation=known, mixture={}))
+    assert all(lines)
     assert "Nothing was changed" not in lines[0]
     assert "pairs and classes an image and a caption both resemble" in lines[0]
     assert "no better" in " ".join(lines[1:])
