@@ -29,24 +29,26 @@ help:
 PROJECTS := pyproject.toml $(SETS_PACKAGE)/pyproject.toml
 NPM := $(if $(shell command -v npm),,[npm])
 
-# Install declip, $(1) with or without extras, and its built-in sets; $(2) are the files that say so.
+# Install declip, $(1) with or without extras, and its built-in sets; $(2) are the files that say so, $(3) options.
 define install
 @test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-$(BIN)/python -m pip install -q -e '$(1)' -e '$(SETS_PACKAGE)$(NPM)'
+$(BIN)/python -m pip install -q $(3) -e '$(1)' -e '$(SETS_PACKAGE)$(NPM)'
 @touch $(2)
 endef
 
 $(VENV)/.installed: $(PROJECTS)
 	$(call install,.[dev],$(VENV)/.installed $(VENV)/.demo-installed)
 
-# What `make demo` needs: without extras, half of the time and of the disk.
+# What `make demo` needs: without extras, half of the time and of the disk; of torch it imports a part, so compiling all
+# of it would take longer than the demo's own imports.
 $(VENV)/.demo-installed: $(PROJECTS)
-	$(call install,.,$(VENV)/.demo-installed)
+	$(call install,.,$(VENV)/.demo-installed,--no-compile)
 
 setup: $(VENV)/.installed
 
 # The C library keeps freed memory for the next step: on a CPU a small step takes a tenth less time.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
+demo: export PYTHONDONTWRITEBYTECODE :=
 demo: $(VENV)/.demo-installed
 	$(BIN)/declip data download builtin:emoji
 	$(KEEP_MEMORY) $(BIN)/declip train demo-few-declip --out $(RUN) --resume
