@@ -267,8 +267,10 @@ def draw_pairs(folder: Path, count: int = 128) -> Path:
     """Write a table of drawn shapes."""
     shapes, lines = Shapes(), []
     for number in range(count):
-        shapes[number].image.save(folder / f"{number}.png")
-        lines.append(json.dumps({"image": f"{number}.png", "caption": shapes.captions(number)[0]}))
+        pair = shapes[number]
+        pair.open().decoded().save(folder / f"{number}.png")
+        (caption,) = pair.captions()
+        lines.append(json.dumps({"image": f"{number}.png", "caption": caption}))
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "pairs.jsonl"
 

@@ -9,6 +9,7 @@ views alone and open_clip's tokenizes the caption once. All tasks take turns in 
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from itertools import cycle
 
@@ -21,10 +22,10 @@ from torchvision import transforms
 
 from declip.data.batch import plan_views
 from declip.data.images import decode as picture
-from declip.data.images.decode import decode, open_image
+from declip.data.images.decode import open_image
 from declip.data.images.views import apply_photometric
 from declip.data.loader import Assembler, PairLoader
-from declip.data.pair import LazyPair, Pair, PairSource
+from declip.data.pair import Pair, PairSource
 from declip.data.text.tokenizer import Tokenizer
 from declip.recipe.schema import ImageTowerConfig, ImageView, Recipe
 from declip.supervision.objective import needs_of
@@ -55,15 +56,8 @@ class Files(PairSource):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Pair:
-        return Pair(str(index), decode(self.files[index], str(index)), self.captions(index))
-
-    def read_lazy(self, index: int) -> LazyPair:
-        """Read the header only, as sources of files do."""
-        return LazyPair(str(index), open_image(self.files[index], str(index)), self.captions(index))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """One caption."""
-        return (self.said[index],)
+        key, said = str(index), self.said[index]
+        return Pair(key, lambda: (said,), partial(open_image, self.files[index], key))
 
 
 def photographs(width: int, height: int) -> Files:
@@ -87,8 +81,8 @@ def drawings() -> Files:
     found = [source[len(source) // PAIRS * number] for number in range(PAIRS)]
     return Files(
         f"{source.name}, 96 x 96",
-        [encoded(pair.image) for pair in found],
-        [p.captions[0] for p in found],
+        [encoded(pair.open().decoded()) for pair in found],
+        [pair.captions()[0] for pair in found],
     )
 
 

@@ -40,11 +40,7 @@ class Shapes(PairSource):
         box = (edge, edge, 96 - edge, 96 - edge)
         draw = pen.ellipse if shape in ("circle", "ring") else pen.rectangle
         draw(box, fill=color if shape in ("circle", "square") else None, outline=color, width=9)
-        return Pair(f"shape {index}", image, self.captions(index))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """One caption."""
-        return (f"a {COLORS[index % 8]} {SHAPES[index // 8 % 4]}, number {index}",)
+        return Pair.of(f"shape {index}", image, [f"a {color} {shape}, number {index}"])
 
 
 def open_pairs() -> PairSource:
@@ -62,7 +58,7 @@ CAPTIONS = ("joined", "full")
 def texts_of(source: PairSource, kind: str, count: int = 2048) -> list[str]:
     """Return texts of `count` pairs spread over a source; `kind` is one of `CAPTIONS`."""
     joined = [
-        " ".join(source.captions(int(index))) for index in np.linspace(0, len(source) - 1, count)
+        " ".join(source[int(index)].captions()) for index in np.linspace(0, len(source) - 1, count)
     ]
     if kind == "joined":
         return joined
@@ -87,11 +83,7 @@ class InMemory(PairSource):
 
     def __getitem__(self, index: int) -> Pair:
         image = Image.fromarray(self._pixels[index % len(self._pixels)])
-        return Pair(f"text {index}", image, self.captions(index))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """One caption."""
-        return (self.texts[index],)
+        return Pair.of(f"text {index}", image, [self.texts[index]])
 
 
 def build(

@@ -34,7 +34,7 @@ def draw(name: str, seed: int, folder: Path) -> tuple[list[Path], list[str]]:
     order = np.random.default_rng(seed).permutation(len(source))
     by_caption: dict[str, int] = {}
     for index in order.tolist():
-        by_caption.setdefault(source[index].captions[0], index)
+        by_caption.setdefault(source[index].captions()[0], index)
         if len(by_caption) == COUNT:
             break
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def draw(name: str, seed: int, folder: Path) -> tuple[list[Path], list[str]]:
     for index in by_caption.values():
         path = folder / f"{index:05d}.png"
         if not path.exists():
-            source[index].image.save(path)
+            source[index].open().decoded().save(path)
         paths.append(path)
     return paths, list(by_caption)
 

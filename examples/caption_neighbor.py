@@ -78,7 +78,7 @@ def similar_captions(encoder: str, source: PairSource) -> Tensor:
     captions: list[tuple[str, ...]] = []
     for index in range(len(source)):
         try:
-            captions.append(source.captions(index))
+            captions.append(source[index].captions())
         except BrokenPair:  # which no step has
             captions.append(())
     texts: list[str] = []

@@ -61,7 +61,7 @@ class Distillation(Term):
 
     def prepare(self, source: PairSource, model: DualEncoder) -> None:
         teacher = declip.load(self.teacher, device=str(model.device))
-        captions = ["a photo of 2 dogs", *source.captions(0)]
+        captions = ["a photo of 2 dogs", *source[0].captions()]
         if not teacher.has_text or not torch.equal(
             teacher.tokenize(captions), model.tokenize(captions)
         ):

@@ -22,15 +22,16 @@ def shrink(source: PairSource, size: int, index: int) -> dict[str, bytes]:
     """A pair's files, with at most `size` pixels on the shorter side of the image; none if it cannot be used."""
     try:
         pair = source[index]
+        captions = pair.captions()
+        image = pair.open().decoded()
     except BrokenPair:
         return {}
-    ratio, jpeg = min(1, size / min(pair.image.size)), io.BytesIO()
-    pair.image.resize([round(ratio * side) for side in pair.image.size]).save(
-        jpeg, "JPEG", quality=92
-    )
+    ratio, jpeg = min(1, size / min(image.size)), io.BytesIO()
+    small = image.resize([round(ratio * side) for side in image.size])
+    small.save(jpeg, "JPEG", quality=92)
     return {
         f"{index:09d}.jpg": jpeg.getvalue(),
-        f"{index:09d}.json": json.dumps({"caption": pair.captions}).encode(),
+        f"{index:09d}.json": json.dumps({"caption": captions}).encode(),
     }
 
 

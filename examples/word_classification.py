@@ -85,7 +85,7 @@ class WordClassification(Term):
                 counts.update(
                     {
                         word
-                        for text in source.captions(index)
+                        for text in source[index].captions()
                         for word in model.tokenizer.encode(text)[1:-1]
                     }
                 )

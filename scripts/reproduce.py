@@ -141,13 +141,10 @@ class Crops(PairSource):
 
     def __getitem__(self, index: int) -> Pair:
         image, (left, top, side) = self.images[index % 2], self._box(index)
-        return Pair(
-            str(index),
-            image.crop((left, top, left + side, top + side)).resize((64, 64)),
-            self.captions(index),
-        )
+        part = image.crop((left, top, left + side, top + side)).resize((64, 64))
+        return Pair.of(str(index), part, self._said(index))
 
-    def captions(self, index: int) -> tuple[str, ...]:
+    def _said(self, index: int) -> tuple[str, ...]:
         """The scene, and the part of it."""
         left, top, side = self._box(index)
         scene = ("an old chinese temple", "a large orange flower")[index % 2]

@@ -53,7 +53,7 @@ def write_mean(name: str, file: Path) -> None:
         chosen = np.linspace(0, len(source) - 1, IMAGES).astype(int)
         with torch.inference_mode():
             batches = (
-                model.preprocess([source[int(i)].image for i in rows])
+                model.preprocess([source[int(i)].open().decoded() for i in rows])
                 for rows in chosen.reshape(-1, BATCH)
             )
             means.append(

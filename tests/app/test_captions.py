@@ -58,13 +58,13 @@ def test_every_caption_is_in_the_table_and_a_restart_goes_on(start, path):
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert rows[0] == {"note": "kept", "image": "elsewhere.png", "caption": "=1+1"}
     source = open_source(path)
-    assert [source.captions(n)[0] for n in range(len(source))] == [
+    assert [source[n].captions()[0] for n in range(len(source))] == [
         "=1+1",
         "caption 0",
         "caption 1",
         "caption 2",
     ]
-    assert source[1].image.size == (32, 32)
+    assert source[1].open().size == (32, 32)
 
 
 def test_control_characters_are_spaces_as_in_training(captioning, path):

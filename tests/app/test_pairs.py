@@ -192,7 +192,7 @@ def test_the_list_has_keys_and_reasons_and_all_other_pairs_are_a_source(client, 
     )
     others = open_source(written["rest"])
     assert len(others) == written["count"] == 21
-    assert {others.key(n) for n in range(21)} == {
+    assert {others[n].key for n in range(21)} == {
         row.key for row in state.index.rows(state.index.ids)
     } - {row["key"] for row in rows}
 
@@ -202,7 +202,7 @@ def test_a_list_can_be_shortened_again_and_trained_on(client, state, tiny_run, t
     again = open_state(str(tiny_run), first, tmp_path / "again")
     with ask(again) as second:
         written = second.post("/api/pairs/list", json={"near-duplicate image": [0]}).json()
-    keys = [open_source(written["rest"]).key(n) for n in range(written["count"])]
+    keys = [open_source(written["rest"])[n].key for n in range(written["count"])]
     assert keys == [state.index.row(n).key for n in range(24) if n not in (0, 1, 3, 8)]
     recipe = Recipe.model_validate(
         tiny_tree(written["rest"]) | {"train": TINY["train"] | {"steps": 2}}

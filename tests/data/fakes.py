@@ -44,17 +44,17 @@ class Noise(PairSource):
     def __len__(self):
         return self.count
 
-    def captions(self, index):
-        return tuple(
-            f"{index} {word} of a small dog under the green tree by night"
-            for word in ("photo", "sketch")
-        )
-
     def __getitem__(self, index):
         if index in self.broken:
             raise BrokenPair(self.broken[index], f"pair-{index}")
         noise = np.random.default_rng(index).integers(0, 256, (16, 20, 3), dtype=np.uint8)
-        return Pair(f"pair-{index}", Image.fromarray(noise), self.captions(index))
+        return Pair.of(f"pair-{index}", Image.fromarray(noise), self.said(index))
+
+    def said(self, index):
+        return tuple(
+            f"{index} {word} of a small dog under the green tree by night"
+            for word in ("photo", "sketch")
+        )
 
 
 class Words:
@@ -126,8 +126,14 @@ def write(path, rows, names=("image", "caption")):
 
 def reason_of(source, index):
     with pytest.raises(BrokenPair) as caught:
-        source[index]
+        read(source, index)
     return caught.value.reason
+
+
+def read(source, index):
+    """Captions and pixels of a pair."""
+    pair = source[index]
+    return pair.captions(), pair.image()
 
 
 def message(*arguments, **options):

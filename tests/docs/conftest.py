@@ -91,9 +91,9 @@ def write_tables(folder, name, source):
     """Write a source as NAME.csv and NAME.jsonl, one row per caption, NAME-test.csv with classes, and pictures/."""
     pairs, rows, classes = open_source(source), [], []
     for number in range(len(pairs)):
-        file = f"{pairs.key(number).replace('/', '-')}.png"
-        pairs[number].image.save(folder / "pictures" / file)
-        image, captions = f"pictures/{file}", pairs.captions(number)
+        file = f"{pairs[number].key.replace('/', '-')}.png"
+        pairs[number].open().decoded().save(folder / "pictures" / file)
+        image, captions = f"pictures/{file}", pairs[number].captions()
         classes.append({"image": image, "class": captions[0]})
         rows += [
             {"image": image, "caption": caption, "file": file, "text": caption}

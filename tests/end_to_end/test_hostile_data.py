@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import declip
-from data.fakes import write
+from data.fakes import read, write
 from declip.data.columns import Columns
 from declip.data.images.decode import decode
 from declip.data.sources.open import open_source
@@ -125,7 +125,7 @@ def test_what_is_no_file_does_not_hang(name, here):
     for place, missing in zip(
         range(len(open_source("set"))), ("missing caption", reason), strict=False
     ):
-        reads.append(lambda place=place: open_source("set")[place])
+        reads.append(lambda place=place: read(open_source("set"), place))
         expected.append(missing)
     sources = [partial(open_source, spec) for spec in ("t.csv", "l.pairs", "p", "s")]
     refused = [*sources, lambda: declip.load("w.pth"), lambda: load_recipe("r.yaml")]
@@ -150,7 +150,7 @@ def table(kind, rows):
 
 
 def read_all(source):
-    return [said(lambda i=i: source[i]) for i in range(min(len(source), 40))]
+    return [said(lambda i=i: read(source, i)) for i in range(min(len(source), 40))]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
@@ -214,7 +214,7 @@ def test_cells_that_hold_anything():
     assert read_all(source) == [expected for *_, expected in CELLS]
     assert apart(lambda: read_all(source))[1] < 4 * ROOM
     control = [caption for _, caption, _ in CELLS].index('"\\u001b[2J\\u0007\\u009b"')
-    assert source.captions(control) == ("[2J",), "nothing that a terminal obeys is left"
+    assert source[control].captions() == ("[2J",), "nothing that a terminal obeys is left"
 
 
 def test_a_row_that_does_not_end_takes_no_memory():
@@ -223,11 +223,11 @@ def test_a_row_that_does_not_end_takes_no_memory():
         file.write(b'{"image": "a.png", "caption": "x"}\n{"image": "a.png", "caption": "')
         file.write(b"y" * (24 << 20))
     # The mapped file counts as memory, which the system takes back at will.
-    got, megabytes = apart(lambda: open_source("t.jsonl")[1])
+    got, megabytes = apart(lambda: read(open_source("t.jsonl"), 1))
     assert (got, megabytes < 2 * 24 + ROOM) == ("unreadable row", True)
     for kind, mark in (("csv", b","), ("tsv", b"\t")):
         Path(f"t.{kind}").write_bytes(b"image" + mark + b'caption\na.png\t"' + b"y" * (24 << 20))
-        got, megabytes = apart(lambda kind=kind: open_source(f"t.{kind}")[0])
+        got, megabytes = apart(lambda kind=kind: read(open_source(f"t.{kind}"), 0))
         assert (got, megabytes < 3 * 24 + ROOM) == ("unreadable row", True)
     Path("h.csv").write_bytes(b"x" * (10 << 20))
     assert "no column 'image'" in said(lambda: open_source("h.csv"))
@@ -241,7 +241,7 @@ def test_names_that_are_no_text(here):
     with open(b"set/one/\xff\x1b.txt", "w") as file:
         file.write("a red square")
     for source in (open_source("set"), open_dataset("folder:set").split("test")):
-        assert (source[0].image.size, source[0].key[-6:]) == ((16, 16), "\ufffd\x1b.png")
+        assert (source[0].open().size, source[0].key[-6:]) == ((16, 16), "\ufffd\x1b.png")
     os.rename("set/two", b"set/\xff")
     assert "name is not UTF-8" in said(lambda: open_dataset("folder:set"))
 

@@ -65,19 +65,17 @@ class PaintedSource(PairSource):
         self.texts = list(captions) if captions is not None else [(color,) for color in colors]
         if classes is not None:
             self.class_names = tuple(classes)
-            self.labels = np.array([self.class_names.index(color) for color in colors])
+            labels = np.array([self.class_names.index(color) for color in colors])
+            self.columns = {"label": labels}
 
     def __len__(self):
         return len(self.colors)
 
-    def captions(self, index):
+    def __getitem__(self, index):
         if index in self.broken:
             raise BrokenPair("truncated image", f"row {index}")
-        return self.texts[index]
-
-    def __getitem__(self, index):
-        captions = self.captions(index)
-        return Pair(f"row {index}", Image.new("RGB", (8, 8), COLORS[self.colors[index]]), captions)
+        image = Image.new("RGB", (8, 8), COLORS[self.colors[index]])
+        return Pair.of(f"row {index}", image, self.texts[index])
 
 
 def features_of(images, captions=None, texts=None):
@@ -92,11 +90,11 @@ class KnownSource(PairSource):
     """Rows of a `Labeled` as a source, whose pairs are not read."""
 
     def __init__(self, rows, classes):
-        self.name, self.rows, self.labels = "known", rows, rows.labels.numpy()
+        self.name, self.rows, self.columns = "known", rows, {"label": rows.labels.numpy()}
         self.class_names = tuple(map(str, range(classes)))
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.rows.labels)
 
     def __getitem__(self, index):
         raise NotImplementedError

@@ -30,8 +30,8 @@ def test_a_named_set(tmp_path):
         r"'pets:.*' has no validation split\. It has: train, test\.", dataset.split, "validation"
     )
     assert (
-        pickle.loads(pickle.dumps(dataset)).split("test").labels.tolist()
-        == dataset.split("test").labels.tolist()
+        pickle.loads(pickle.dumps(dataset)).split("test").columns["label"].tolist()
+        == dataset.split("test").columns["label"].tolist()
     )
 
 
@@ -80,7 +80,7 @@ def test_a_folder_with_captions_is_still_one(tmp_path):
     trees.write(tmp_path / "a.txt", "one\ntwo\n")
     dataset = open_dataset(str(tmp_path))
     assert list(dataset.openers) == ["test"]
-    assert dataset.split("test").captions(0) == ("one", "two")
+    assert dataset.split("test")[0].captions() == ("one", "two")
     refuses("has no classes", with_classes, dataset.split("test"))
     refuses("label_column", open_dataset, [(tmp_path / "a.jpg", "one")], label_column="label")
 
@@ -126,9 +126,9 @@ def test_labels_and_splits(folder, kind):
         found[which] = [
             (
                 source[i].key,
-                int(source.labels[i]),
-                trees.label_of(source[i].image),
-                source.captions(i),
+                int(source.columns["label"][i]),
+                trees.label_of(source[i].open().decoded()),
+                source[i].captions(),
             )
             for i in range(len(source))
         ]
@@ -154,7 +154,7 @@ def test_the_column_is_chosen_by_name(folder):
         ("image", "caption"),
         [("a.jpg", "one"), ("a.jpg", "two"), ("b.jpg", "three")],
     )
-    assert open_dataset(path).split("test").labels is None  # it is for retrieval
+    assert "label" not in open_dataset(path).split("test").columns  # it is for retrieval
 
 
 def test_numbers_as_labels_are_in_the_order_of_numbers(folder):
@@ -163,7 +163,7 @@ def test_numbers_as_labels_are_in_the_order_of_numbers(folder):
             folder, kind, ("image", "label"), [("a.jpg", 10), ("b.jpg", 9), ("c.jpg", 10)]
         )
         test = open_dataset(path).split("test")
-        assert (test.class_names, test.labels.tolist()) == (("9", "10"), [1, 0, 1])
+        assert (test.class_names, test.columns["label"].tolist()) == (("9", "10"), [1, 0, 1])
 
 
 def test_images_in_parquet_with_the_names_that_hugging_face_keeps(folder):
@@ -174,10 +174,10 @@ def test_images_in_parquet_with_the_names_that_hugging_face_keeps(folder):
     pq.write_table(table.replace_schema_metadata(known), folder / "hf.parquet")
     test = pickle.loads(pickle.dumps(open_dataset(str(folder / "hf.parquet")).split("test")))
     assert test.class_names == ("ape", "bee", "cow")
-    assert test.labels.tolist() == [2, 0, 0, 2]
-    assert (trees.label_of(test[3].image), test[3].captions) == (3, ("cow",))
+    assert test.columns["label"].tolist() == [2, 0, 0, 2]
+    assert (trees.label_of(test[3].open().decoded()), test[3].captions()) == (3, ("cow",))
     with pytest.raises(BrokenPair, match=r"missing label: row 2 \('-1'"):
-        test[2]
+        test[2].captions()
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -193,12 +193,11 @@ def test_rows_without_a_label_or_with_two_are_broken_pairs(folder, kind):
     test = open_dataset(_write(folder, kind, ("image", "label"), rows)).split("test")
     assert test.class_names == ("cat", "dog")
     assert len(test) == 4
-    for read in (test.__getitem__, test.captions):
-        with pytest.raises(BrokenPair, match="missing label"):
-            read(1)
-    assert (test[2].key, test[2].captions) == ("c.jpg", ("cat",))
+    with pytest.raises(BrokenPair, match="missing label"):
+        test[1].captions()
+    assert (test[2].key, test[2].captions()) == ("c.jpg", ("cat",))
     with pytest.raises(BrokenPair, match=r"conflicting labels: .*\(cat, dog\)"):
-        test[3]
+        test[3].captions()
 
 
 def test_retrieval_takes_captioned_images_whatever_their_labels(folder, model):
@@ -215,7 +214,7 @@ def test_retrieval_takes_captioned_images_whatever_their_labels(folder, model):
     assert (classes.n, classes.skipped) == (2, {"missing label": 1, "conflicting labels": 1})
     assert (pairs.images, pairs.text_to_image.queries, pairs.skipped) == (4, 5, {})
     alone = open_dataset(table, label_column="label", captioned=False).split("test")
-    assert (alone.captioned, alone[0].captions) == (False, ("dog",)), (
+    assert (alone.captioned, alone[0].captions()) == (False, ("dog",)), (
         "captions are not read where none is used"
     )
 
@@ -227,7 +226,7 @@ def test_one_value_of_all_captioned_images_is_no_class(folder, model, column, va
     table = _write(folder, "csv", names, [("a.jpg", value, "one"), ("b.jpg", value, "two")])
     (pairs,) = evaluate_all(model, table, ["retrieval"])
     assert pairs.images == 2
-    assert open_dataset(table).split("test").labels is None
+    assert "label" not in open_dataset(table).split("test").columns
     for options in ({"label_column": column}, {"columns": Columns(caption=None)}):
         refuses(f"'{column}'.*at least two", open_dataset, table, **options)
 

@@ -181,12 +181,14 @@ def test_the_protocol_equals_a_loop_over_draws(model, painted):
     seen, tested = (
         encode_source(as_encoder(model), source, texts=False).images for source in (train, test)
     )
-    labels, top1 = torch.from_numpy(train.labels), []
+    train_labels, test_labels = train.columns["label"], test.columns["label"]
+    labels, truth = torch.from_numpy(train_labels), torch.from_numpy(test_labels)
+    top1 = []
     for seed in range(5):
-        chosen = torch.from_numpy(sample_per_class(train.labels, lambda count: 2, seed))
+        chosen = torch.from_numpy(sample_per_class(train_labels, lambda count: 2, seed))
         texts = class_features(as_encoder(model), names, ["{}"])
         head = fit_few_shot(Examples(seen[chosen], labels[chosen], texts, 0))
-        top1.append(accuracy(head, Examples(tested, torch.from_numpy(test.labels), texts, 0)))
+        top1.append(accuracy(head, Examples(tested, truth, texts, 0)))
     assert (result.names_top1, result.top1) == (0, pytest.approx(mean(top1)))
     assert result.deviation == pytest.approx(stdev(top1)) != 0
 

@@ -128,7 +128,7 @@ def test_splits_that_do_not_fit_each_other(probed, painted):
     train, other = painted(NAMES * 2, classes=NAMES), painted(NAMES, classes=NAMES[::-1])
     on = Dataset("set", {"train": lambda: train, "test": lambda: other})
     refuses("splits of 'set' .*7 class names.*same order", evaluate, probed, on, "linear")
-    train.labels[3] = 7
+    train.columns["label"][3] = 7
     refuses("from 0 to 7", evaluate, probed, on, "linear")
 
 

@@ -165,11 +165,14 @@ def test_images_labels_and_names(name, tmp_path, monkeypatch):
         source = pickle.loads(pickle.dumps(dataset)).split(which)
         assert trees.labels_of(source) == labels
         assert names is None or list(source.class_names) == names
-        assert [source[row].captions for row in range(len(source))] == [
+        assert [source[row].captions() for row in range(len(source))] == [
             (source.class_names[i],) for i in labels
         ]
     if name == "flowers102":  # whose files only number the classes
-        assert [source.captions(row) for row in range(2)] == [("blackberry lily",), ("air plant",)]
+        assert [source[row].captions() for row in range(2)] == [
+            ("blackberry lily",),
+            ("air plant",),
+        ]
     shutil.move(tmp_path / NAMED[name].files, tmp_path / "elsewhere")
     refuses(rf"'{name}:{tmp_path}'.*{NAMED[name].files}", open_dataset, f"{name}:{tmp_path}")
 

@@ -85,9 +85,9 @@ def test_scores_equal_a_plain_loop(padding):
     term.float()
     # Images of the two classes "red" are right for the first of them, as with `argmax`.
     source = PaintedSource(["red", "green", "red"], classes=["green", "red", "blue", "red"])
-    source.labels = np.array([1, 0, 3])
+    source.columns["label"] = np.array([1, 0, 3])
     result = declip.evaluate(model.float(), source, templates=TEMPLATES, progress=False)
-    images = model.preprocess([source[row].image for row in range(3)])
+    images = model.preprocess([source[row].open().decoded() for row in range(3)])
     with torch.no_grad():
         chosen = plain_scores(
             model.double(), heads, ["green", "red", "blue"], images, padding
@@ -102,7 +102,7 @@ def test_official_files_are_evaluated_as_by_the_authors(tmp_path):
     source = PaintedSource(WORDS, classes=WORDS)
     state = read_state("filip_vit_tiny")
     model = declip.load(official_file(tmp_path, state), device="cpu")
-    pixels = model.preprocess([source[row].image for row in range(len(source))])[:3]
+    pixels = model.preprocess([source[row].open().decoded() for row in range(len(source))])[:3]
     heads = [
         (state[f"{part}.weight"], state[f"{part}.bias"])
         for part in ("image_mapping", "text_mapping")

@@ -29,8 +29,9 @@ def label_of(image):
 
 def labels_of(source):
     """The labels of a source, which its images tell too."""
-    assert [label_of(source[row].image) for row in range(len(source))] == source.labels.tolist()
-    return source.labels.tolist()
+    labels = source.columns["label"].tolist()
+    assert [label_of(source[row].open().decoded()) for row in range(len(source))] == labels
+    return labels
 
 
 def paint(path, label):

@@ -126,8 +126,8 @@ def test_shards_have_the_training_pairs_at_their_size(tmp_path, monkeypatch):
     EXAMPLES["shards"]["main"](source, tmp_path / "shards", 100, pairs=2, workers=2)
     assert (tmp_path / "shards/000000000.tar").stat().st_mtime_ns == first
     read = [*map(open_source(tmp_path / "shards").__getitem__, range(2))]
-    assert [pair.image.size for pair in read] == [(150, 100), (40, 80)]
-    assert [pair.captions for pair in read] == [("large.png", "ünï"), ("small.png", "ünï")]
+    assert [pair.open().size for pair in read] == [(150, 100), (40, 80)]
+    assert [pair.captions() for pair in read] == [("large.png", "ünï"), ("small.png", "ünï")]
 
 
 HEAT_TOWERS = {
@@ -197,7 +197,7 @@ def test_neighbors_are_those_of_the_encoder(table, tmp_path):
     source, model = open_source(table), declip.load(encoder)
     means = torch.stack(
         [
-            model.encode_text(list(source.captions(index))).mean(dim=0)
+            model.encode_text(list(source[index].captions())).mean(dim=0)
             for index in range(len(source))
         ]
     )

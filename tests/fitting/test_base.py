@@ -67,8 +67,8 @@ def test_heads_are_fitted_to_images_as_a_search_reads_them(start, precision, tmp
         [8],
     )  # of a photograph no more is decoded than the tower sees
     of = base.model.preprocessor
-    fast = of.fast(source.lazy_image(0))[None]
-    assert not torch.equal(of(source.image(0)), of.normalize(fast))
+    fast = of.fast(source[0].open())[None]
+    assert not torch.equal(of(source[0].open().decoded()), of.normalize(fast))
     assert torch.equal(given[0], fast)
 
 

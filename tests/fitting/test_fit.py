@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from multiprocessing import get_context
 from types import SimpleNamespace
 
@@ -84,10 +85,10 @@ def cosines(where, folder):
     """Similarities of all images and captions, and the logit scale."""
     model = declip.load(where, device="cpu")
     source = open_source(folder / "pairs.csv")
-    captions = [caption for index in range(len(source)) for caption in source.captions(index)]
+    captions = [caption for index in range(len(source)) for caption in source[index].captions()]
     with torch.no_grad():
         images = model.encode_image(
-            model.preprocess([source[index].image for index in range(len(source))])
+            model.preprocess([source[index].open().decoded() for index in range(len(source))])
         )
         return images @ model.encode_text(model.tokenize(captions)).mT * model.logit_scale.exp()
 
@@ -107,12 +108,14 @@ def without_exports(request, monkeypatch):
 def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
     model = declip.load(run.folder, device="cpu")
     source = open_source(folder / "pairs.csv")
-    captions = [source.captions(index) for index in range(COUNT)]
+    captions = [source[index].captions() for index in range(COUNT)]
     of = model.preprocessor
     with torch.no_grad():
-        images = model.image_tower.pool(of([source.image(index) for index in range(COUNT)]))
+        images = model.image_tower.pool(
+            of([source[index].open().decoded() for index in range(COUNT)])
+        )
         resized = of.normalize(
-            torch.stack([of.fast(source.lazy_image(index)) for index in range(COUNT)])
+            torch.stack([of.fast(source[index].open()) for index in range(COUNT)])
         )
         seen = model.image_tower.pool(resized)
         texts = model.text_tower.pool(model.tokenize([each for pair in captions for each in pair]))
@@ -238,9 +241,14 @@ def test_each_image_is_read_once(folder, tmp_path):
     reads = Counter()
 
     class Counted(Subset):
-        def read_lazy(self, index):
-            reads[index] += 1
-            return super().read_lazy(index)
+        def __getitem__(self, index):
+            pair = super().__getitem__(index)
+
+            def opened():
+                reads[index] += 1
+                return pair.open()
+
+            return replace(pair, open=opened)
 
     pairs = Counted(open_source(folder / "pairs.csv"), np.arange(COUNT))
     run = declip.finetune(pairs, start_of(folder), keys_of(), tmp_path / "run", progress=False)
@@ -383,9 +391,9 @@ def pooled(where, folder, precision=torch.float32):
     """Features of all images and captions as a fit computes them, by the towers of a run."""
     model = declip.load(where, device="cpu")
     source = open_source(folder / "pairs.csv")
-    captions = [caption for index in range(COUNT) for caption in source.captions(index)]
+    captions = [caption for index in range(COUNT) for caption in source[index].captions()]
     preprocessor = model.preprocessor
-    resized = torch.stack([preprocessor.fast(source.lazy_image(index)) for index in range(COUNT)])
+    resized = torch.stack([preprocessor.fast(source[index].open()) for index in range(COUNT)])
     tower = pooling_tower(model, precision)
     with torch.no_grad():
         images = tower.pool(preprocessor.normalize(resized).to(precision)).float()
@@ -418,13 +426,13 @@ def test_a_saved_model_computes_posteriors_as_the_heads_that_were_fitted(folder,
         cosines(run.folder, folder) / known["logit_scale"], expected, rtol=0, atol=2e-3
     )
     # --- what the anchors are
-    keys = [open_source(folder / "ten.csv").key(index) for index in range(10)]
+    keys = [open_source(folder / "ten.csv")[index].key for index in range(10)]
     assert [key for key, _ in run.known] == [*keys, "", "", "", ""]
     assert [caption for _, caption in run.known[10:]] == list(COLORS)
     captions = declip.load(run.folder, "cpu").text_tower.text_projection.side
     of_first = captions.nearest(pairs.texts[0:20:2], 2)[1]
     assert [row in near for row, near in enumerate(of_first.tolist())] == [True] * 10
-    assert run.known[3][1] == open_source(folder / "ten.csv").captions(3)[0]
+    assert run.known[3][1] == open_source(folder / "ten.csv")[3].captions()[0]
 
 
 def test_features_are_computed_in_the_precision_of_the_recipe(run, folder, tmp_path):

@@ -32,7 +32,7 @@ class Painted(PairSource):
         first, second = index % 8, (index % 8 + 1 + index // 8) % 8
         pixels = np.zeros((8, 8, 3), dtype=np.uint8)
         pixels[:, :4], pixels[:, 4:] = COLORS[first], COLORS[second]
-        return Pair(f"{index}", Image.fromarray(pixels), (f"{NAMES[first]} {NAMES[second]}",))
+        return Pair.of(f"{index}", Image.fromarray(pixels), (f"{NAMES[first]} {NAMES[second]}",))
 
 
 class Colors(torch.nn.Module):
@@ -111,7 +111,9 @@ def test_the_fitted_model_is_embedded_and_searched(fitted, tmp_path):
     index = declip.embed(fitted.model, Painted(), out=tmp_path / "index")
     hits = index.search("red green", k=3, copies=True)
     model, source = fitted.model, Painted()
-    images = model.encode_image(model.preprocess([source[i].image for i in range(len(source))]))
+    images = model.encode_image(
+        model.preprocess([source[i].open().decoded() for i in range(len(source))])
+    )
     text = model.encode_text(model.tokenize(["red green"]))
     best = (text @ images.T)[0].argsort(descending=True)[:3]
     assert [hit.id for hit in hits] == best.tolist()

@@ -270,10 +270,8 @@ class Hostile(PairSource):
     def __getitem__(self, index):
         if index == 11:
             raise BrokenPair("missing image", f"<i>gone\x1b[1m{index}")
-        return Pair(f"<u>{index}\udcff", texture(index % 8, 90), self.captions(index))
-
-    def captions(self, index):
-        return (HOSTILE[index % len(HOSTILE)].replace("\ud800", ""),)
+        caption = HOSTILE[index % len(HOSTILE)].replace("\ud800", "")
+        return Pair.of(f"<u>{index}\udcff", texture(index % 8, 90), [caption])
 
 
 @pytest.fixture(scope="module")

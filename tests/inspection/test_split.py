@@ -164,8 +164,8 @@ def test_a_list_opens_as_its_pairs(pairs, tmp_path, monkeypatch):
     write_pair_list(tmp_path / "some.pairs", PairList(pairs.name, columns, 60, [3, 5, 59]))
     monkeypatch.chdir(tmp_path)
     source = open_source(tmp_path / "some.pairs")
-    assert source.image(0).size == (48, 48)
-    assert [source.captions(i) for i in range(len(source))] == [
+    assert source[0].open().decoded().size == (48, 48)
+    assert [source[i].captions() for i in range(len(source))] == [
         ("first of 1",),
         ("Common to 1",),
         ("Common to 19",),

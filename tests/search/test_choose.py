@@ -117,7 +117,7 @@ def test_the_table_is_one_of_pairs_once_it_has_captions(
             [["image", "caption"], *([row["image"], f"shape {n}"] for n, row in enumerate(rows))]
         )
     source = open_source("lists/first.csv")
-    assert [source[n].captions[0] for n in range(len(source))] == [
+    assert [source[n].captions()[0] for n in range(len(source))] == [
         f"shape {n}" for n in range(len(rows))
     ]
 

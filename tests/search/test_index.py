@@ -102,7 +102,7 @@ class Copies(PairSource):
         return 3
 
     def __getitem__(self, index):
-        return Pair("red-bar.png", Image.new("RGB", (4, 4), (index, 0, 0)), ("a bar",))
+        return Pair.of("red-bar.png", Image.new("RGB", (4, 4), (index, 0, 0)), ("a bar",))
 
 
 def test_of_several_images_with_the_key_the_first_is_read(made):

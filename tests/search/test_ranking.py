@@ -123,7 +123,7 @@ def test_a_column_or_value_that_is_not_there_is_an_error(options, told, products
 def test_images_without_a_table_have_no_columns(model, folder, tmp_path):
     index = declip.embed(model, folder, out=tmp_path / "index", workers=0)
     refuses(["'shapes'", "not a table"], index.search, "red", where={"color": "red"})
-    assert index.column_names == ()
+    assert not index.column_names
 
 
 def test_a_column_follows_the_images_when_the_table_changes(products):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from conftest import WEIGHTS, refuses, write_rows
 from declip.api import train
 from declip.data.images import views
 from declip.data.sources.open import open_source
-from declip.data.sources.subset import DerivedSource
+from declip.data.sources.subset import Subset
 from declip.errors import UserError
 from declip.evaluation import held_out as evaluations
 from declip.models.device import computes_bf16
@@ -158,21 +159,19 @@ def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(rows, tmp_
     assert assemble(recipe, run, resume=True).progress.step == 2
 
 
-class Breaking(DerivedSource):
+class Breaking(Subset):
     """A source that raises a `UserError` for every pair once it is told to, as a table rewritten in place does."""
 
-    name, broken = "pairs", False
+    broken = False
 
     def __init__(self, table):
-        self.pairs = open_source(str(table))
+        source = open_source(str(table))
+        super().__init__(source, np.arange(len(source)), "pairs")
 
-    def __len__(self):
-        return len(self.pairs)
-
-    def locate(self, index):
+    def __getitem__(self, index):
         if self.broken:
             raise UserError("the table changed")
-        return self.pairs, index
+        return super().__getitem__(index)
 
 
 @pytest.mark.parametrize("what", ["training pairs", "held-out set"])

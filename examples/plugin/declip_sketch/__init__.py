@@ -1,13 +1,14 @@
 """A loss, a source of pairs and a tracker outside of declip's own package."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from declip import Columns
-from declip.data.pair import Pair, PairSource
+from declip.data.pair import LazyImage, Pair, PairSource
 from declip.errors import UserError
 from declip.supervision.term import Rows, Similarity, Term
 from declip.training.sinks import RunInfo
@@ -43,15 +44,17 @@ class Circles(PairSource):
     def __len__(self) -> int:
         return self.count
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        return (f"a {COLORS[index % len(COLORS)]} circle of {16 + index % 32} pixels",)
-
     def __getitem__(self, index: int) -> Pair:
+        caption = f"a {COLORS[index % len(COLORS)]} circle of {16 + index % 32} pixels"
+        # Drawn only when the image is asked for; with an image at hand: Pair.of(key, image, captions)
+        return Pair(str(index), partial(tuple, [caption]), partial(self._draw, index))
+
+    def _draw(self, index: int) -> LazyImage:
         image, margin = Image.new("RGB", (64, 64), "white"), 24 - index % 32 / 2
         ImageDraw.Draw(image).ellipse(
             (margin, margin, 64 - margin, 64 - margin), fill=COLORS[index % len(COLORS)]
         )
-        return Pair(str(index), image, self.captions(index))
+        return LazyImage(image)
 
 
 class Lines(Tracker):

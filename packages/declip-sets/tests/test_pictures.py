@@ -103,9 +103,9 @@ def test_what_is_written(cache, repeated, kept, monkeypatch):
     shutil.rmtree(folder)
     PLAIN.download(cache, progress=False)
     source = BuiltinSource(PLAIN, "plain", cache)
-    assert [source.key(index) for index in range(len(source))] == kept
+    assert [source[index].key for index in range(len(source))] == kept
     for index, key in enumerate(kept):
-        assert source[index].image.getpixel((3, 3)) == VALUES[key]
+        assert source[index].open().decoded().getpixel((3, 3)) == VALUES[key]
     assert (folder / COLOR).stat().st_size == 2 * SIDE * SIDE * 3
     assert (folder / GRAY).stat().st_size == (len(kept) - 2) * SIDE * SIDE, "one channel"
     notice = (folder / NOTICE).read_text()
@@ -122,9 +122,9 @@ def test_a_split_with_classes_is_pickled_without_its_images(cache):
         assert one.name == "builtin:plain-classes"
         assert one.credit == "by nobody"
         assert one.class_names == ("b", "g", "r")
-        assert one.labels.tolist() == [1, 2, 0]
-        assert one[2].image.getpixel((0, 0)) == VALUES["blue"]
-    assert BuiltinSource(PLAIN, "plain", cache).labels is None
+        assert one.columns["label"].tolist() == [1, 2, 0]
+        assert one[2].open().decoded().getpixel((0, 0)) == VALUES["blue"]
+    assert "label" not in BuiltinSource(PLAIN, "plain", cache).columns
 
 
 def spoil_table(folder):

@@ -51,7 +51,7 @@ def put(path, value):
 
 
 def keys_of(source):
-    return [source.key(index) for index in range(len(source))]
+    return [source[index].key for index in range(len(source))]
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,10 @@ def stamp_rows():
 def test_clip_art_has_its_titles_and_fills_the_square(debian):
     source = BuiltinSource(CLIPART, "clipart", debian)
     assert source.class_names == ("bug", "cat and the dog", "pear")
-    assert source.labels.tolist() == [0, 1, 2, 2], "without a ghost, a torn file and none"
-    assert source.captions(0) == ("bug",)
+    assert source.columns["label"].tolist() == [0, 1, 2, 2], "without a ghost, a torn file and none"
+    assert source[0].captions() == ("bug",)
     for index, color in enumerate(COLORS):
-        pixels = np.asarray(source.image(index))
+        pixels = np.asarray(source[index].open().decoded())
         assert pixels.shape == (CLIPART.side, CLIPART.side, 3)
         assert (pixels[4:-4, 4:-4] == color).all()
     assert "public domain" in (debian / "clipart" / NOTICE).read_text()
@@ -108,10 +108,10 @@ def test_clip_art_has_its_titles_and_fills_the_square(debian):
 
 def test_stamps_have_sentences_names_and_kinds(debian):
     source = BuiltinSource(STAMPS, "stamps", debian)
-    names = [source.class_names[label] for label in source.labels]
+    names = [source.class_names[label] for label in source.columns["label"]]
     assert names == ["koala", "koala", "apple", "red car"]
-    assert source.captions(0) == ("See a koala.", "koala")
-    pixels = np.asarray(source.image(1))
+    assert source[0].captions() == ("See a koala.", "koala")
+    pixels = np.asarray(source[1].open().decoded())
     assert pixels.shape == (STAMPS.side, STAMPS.side, 3)
     assert (pixels == (200, 10, 30)).all(), "over white, margins cut off"
     photos = BuiltinSource(STAMPS, "stamps-photos", debian)
@@ -130,8 +130,8 @@ def test_the_kinds_of_stamps_are_a_dataset_with_a_training_split(debian, monkeyp
     train, test = dataset.split("train"), dataset.split("test")
     assert [train.name, test.name] == ["builtin:stamps-kinds-train", "builtin:stamps-kinds"]
     assert train.class_names == test.class_names == ("animal", "food", "vehicle")
-    assert train.labels.tolist() == [0, 0, 0]
-    assert test.labels.tolist() == [1, 2]
+    assert train.columns["label"].tolist() == [0, 0, 0]
+    assert test.columns["label"].tolist() == [1, 2]
     assert list(open_dataset("builtin:stamps").openers) == ["test"]
 
 
@@ -271,27 +271,27 @@ def test_splits_share_names_but_no_designer(iconify, split, expected, monkeypatc
 def test_pairs_have_their_texts_and_evaluation_a_class_for_each_name(iconify):
     emoji = BuiltinSource(EMOJI, "emoji-test", iconify)
     assert emoji.class_names == ("grinning face", "red heart", "water wave")
-    assert emoji.labels.tolist() == [0, 1, 2]
+    assert emoji.columns["label"].tolist() == [0, 1, 2]
     assert emoji.credit == "Fluent Emoji by Microsoft, MIT"
     icons = BuiltinSource(ICONS, "icons-test", iconify)
     assert icons.class_names == ("camera", "wallet")
-    assert icons.labels.tolist() == [0, 1, 0]
+    assert icons.columns["label"].tolist() == [0, 1, 0]
     assert icons.credit == "carbon by A Hand, MIT; icon-park by A Hand, MIT"
     training = BuiltinSource(EMOJI, "emoji", iconify)
-    assert training.captions(0) == ("grinning face", "smile", "face", "joy")
-    assert BuiltinSource(ICONS, "icons", iconify).captions(0) == ("camera", "a camera")
+    assert training[0].captions() == ("grinning face", "smile", "face", "joy")
+    assert BuiltinSource(ICONS, "icons", iconify)[0].captions() == ("camera", "a camera")
 
 
 def test_drawings_fill_the_square_in_black_or_in_their_color(iconify):
     source = BuiltinSource(EMOJI, "emoji", iconify)
     for index in (0, 1):  # squares of different size and place
-        pixels = np.asarray(source.image(index))
+        pixels = np.asarray(source[index].open().decoded())
         assert pixels.shape == (EMOJI.side, EMOJI.side, 3)
         inner = pixels[2:-2, 2:-2]
         assert (inner == [255, 0, 0]).all()
     source = BuiltinSource(ICONS, "icons-test", iconify)
-    line = np.asarray(source.image(0))
-    green = np.asarray(source.image(2))
+    line = np.asarray(source[0].open().decoded())
+    green = np.asarray(source[2].open().decoded())
     assert line.shape == (ICONS.side, ICONS.side, 3)
     assert line.min() < 20, "currentColor is black"
     assert (line == line[:, :, :1]).all()

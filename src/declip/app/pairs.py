@@ -256,7 +256,7 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
         source = open_source(spec, columns)
         images = ImageSource(source)
         for pair in rows.values():
-            if pair.index >= len(source) or images.key(pair.index) != pair.key:
+            if pair.index >= len(source) or images[pair.index].key != pair.key:
                 problem = f"'{source.name}' has changed since it was embedded"
                 difference = f"its pair {pair.index} is not '{printable(pair.key)}'"
                 raise UserError(f"{problem}: {difference}. Run the command again.")

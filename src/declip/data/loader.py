@@ -20,6 +20,7 @@ from declip.data.batch import IGNORED, PairBatch, Photometric, Plan, View, pack_
 from declip.data.images.views import Crop, ViewTransform
 from declip.data.order import Order
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
+from declip.data.sources.subset import groups_of
 from declip.data.text.augment import augment, mask_tokens
 from declip.data.text.tokenizer import CaptionTokenizer, padded_length
 from declip.errors import UserError
@@ -55,6 +56,7 @@ class Assembler:
             problem = f"'{self.source.name}' holds {len(self.source)} pairs, fewer than one batch of {self.batch_size}."
             raise UserError(f"{problem} Set a smaller train.batch_size, or add pairs.")
         self.transforms = [ViewTransform(*spec[1:]) for spec in self.plan.views]
+        self.groups = groups_of(self.source) if self.plan.duplicates else np.empty(0, np.int64)
         order = Order(self.source, self.batch_size, self.seed, self.shuffle_buffer)
         self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
 
@@ -80,23 +82,24 @@ class Assembler:
 
     def sample(self, index: int, epoch: int) -> _Sample:
         """Read a pair, make every random choice about its views, decode it; raises `BrokenPair`."""
-        pair = self.source.read_lazy(index)
+        pair = self.source[index]
+        captions, image = pair.captions(), pair.open()
         generator = np.random.default_rng((self.seed, epoch, index))
         # --- texts, mask, then image views: the order in which random numbers are drawn is part of the result
-        rows = [self.tokenizer.encode(t) for t in self._texts(pair.captions, generator)]
+        rows = [self.tokenizer.encode(t) for t in self._texts(captions, generator)]
         # A tuple of integers has the same hash in every process.
-        same = [hash(tuple(rows[0])), self.source.group(index)] if self.plan.duplicates else []
+        same = [hash(tuple(rows[0])), int(self.groups[index])] if self.plan.duplicates else []
         masked, labels = list[int](), list[int]()
         if self.plan.mask_probability is not None:
             masked, labels = mask_tokens(
                 rows[0], generator, self.tokenizer, self.plan.mask_probability
             )
         chosen = [
-            (t.sample_crop(*pair.image.size, generator), t.sample_params(generator))
+            (t.sample_crop(*image.size, generator), t.sample_params(generator))
             for t in self.transforms
         ]
         # --- pixels, only now that their crops are known
-        pixels = self._crop(pair.image, [crop for crop, _ in chosen])
+        pixels = self._crop(image, [crop for crop, _ in chosen])
         if self.augment is not None:
             pixels = [_augmented(self.augment, view, generator) for view in pixels]
         params, id = [params for _, params in chosen], epoch * len(self.source) + index

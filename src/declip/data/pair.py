@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from math import inf
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from declip.errors import UserError, unknown
 from declip.io.text import percent, sanitize
+
+T = TypeVar("T")
 
 # Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have five,
 # region descriptions fifty; more mean a wrong image column.
@@ -23,15 +27,6 @@ CONTROL, SURROGATE = re.compile("[\x00-\x1f\x7f-\x9f]"), re.compile("[\ud800-\ud
 MOST_SHOWN = 300
 EXAMPLES_KEPT = 5  # keys kept for each reason, enough to find the cause without a run's record growing with its data
 BLOCK = 1000  # pairs that are shuffled as one shard where a source has no shards
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An upright RGB image with one or more cleaned, nonempty captions, and the key by which messages name the pair."""
-
-    key: str
-    image: Image.Image
-    captions: tuple[str, ...]
 
 
 class LazyImage:
@@ -56,19 +51,6 @@ class LazyImage:
         return self.pixels(
             next((scale for scale in self.scales if min(self.size) >= least * scale), 1)
         )
-
-
-@dataclass(frozen=True)
-class LazyPair:
-    """A `Pair` whose image may still be undecoded."""
-
-    key: str
-    image: LazyImage
-    captions: tuple[str, ...]
-
-    def decoded(self) -> Pair:
-        """Decode the image; raises `BrokenPair`."""
-        return Pair(self.key, self.image.decoded(), self.captions)
 
 
 class BrokenPair(Exception):
@@ -97,20 +79,46 @@ class Origin(NamedTuple):
     stamp: str = ""
 
 
+@dataclass(frozen=True)
+class Pair:
+    """An image and its captions, of which nothing is read until it is asked for.
+
+    Attributes:
+        key: The name of the pair in messages and results.
+        captions: Reads the cleaned captions, one or more; raises `BrokenPair`.
+        open: Opens the image, whose pixels are decoded on demand; raises `BrokenPair`, as decoding does.
+        origin: Finds where the image is stored.
+    """
+
+    key: str
+    captions: Callable[[], tuple[str, ...]]
+    open: Callable[[], LazyImage]
+    origin: Callable[[], Origin] = Origin
+
+    @classmethod
+    def of(cls, key: str, image: Image.Image, captions: Sequence[str]) -> Pair:
+        """A pair in memory: an upright RGB image and its captions, at least one."""
+        return cls(key, partial(tuple, captions), partial(LazyImage, image))
+
+    def image(self, least: float = inf) -> np.ndarray:
+        """Decode the image, (H, W, 3) uint8, as small as decoding can make it without a side below `least`."""
+        return self.open().reduced(least)
+
+
 class PairSource(ABC):
-    """Pairs, read by index in any process. A subclass needs `name`, `__len__`, `__getitem__`; the rest is for speed."""
+    """Pairs by index, in any process. A subclass needs `name`, `__len__` and `__getitem__`."""
 
     name: str
     credit: str = ""  # a sentence that a license asks for wherever an image is shown
-    # (n,) int64, where each pair has a class, by its index in `class_names`
-    labels: np.ndarray | None = None
+    # Numbers of all pairs, (n,) int64: "label", its index in `class_names`; "group", equal for pairs that show the same
+    # thing, 0 if unknown; "split", see `declip.data.sources.subset.SPLITS`
+    columns: Mapping[str, np.ndarray] = MappingProxyType({})
     class_names: Sequence[str] | None = None
     # Functions that open other splits of this dataset, such as "train" for a linear probe.
     other_splits: Mapping[str, Callable[[], PairSource]] = MappingProxyType({})
-    group_column: str | None = None  # where `group` reads what pairs share
+    # The columns of a table as text, of each pair the cells of its rows
+    cells: Mapping[str, Sequence[tuple[str, ...]]] = MappingProxyType({})
     captions_from: str = ""  # the columns and templates of captions, for messages
-    column_names: Sequence[str] = ()  # the columns of a table, each of which `column` reads
-    blocks: np.ndarray | None = None  # (shards,) int64, the number of pairs of each shard, in order
     remote: bool = False  # whether shards have to be fetched
 
     @abstractmethod
@@ -118,61 +126,50 @@ class PairSource(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Pair:
-        """Read pair `index`; raises `BrokenPair`, as every method below."""
+        """Pair `index`, which reads its captions or its image when asked; raises `BrokenPair` if it cannot be found."""
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Read the cleaned captions, without opening the image if possible."""
-        return self.read_lazy(index).captions
-
-    def key(self, index: int) -> str:
-        """The key of pair `index`."""
-        return self[index].key
-
-    def group(self, index: int) -> int:
-        """A number shared by pairs that show the same thing; 0 if unknown."""
-        return 0
-
-    def column(self, name: str) -> list[tuple[str, ...]]:
-        """The cells of a column as text, of each pair those of its rows; raises `UserError` without it."""
-        if not self.column_names:
-            raise UserError(
-                f"'{self.name}' has no column '{name}': it is not a table. Embed a table of the images."
-            )
-        raise unknown("column", name, map(printable, self.column_names))
-
-    def other_columns(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """By each column of a table that is not read, its cells of some pairs as numbers, (n,) int64; 0 if empty."""
+    def other_columns(self) -> dict[str, np.ndarray]:
+        """By each column of a table that is not read, its cells as numbers, (n,) int64; 0 if empty."""
         return {}
-
-    def splits(self) -> dict[str, np.ndarray]:
-        """Rising indices of the pairs of each split, "train", "validation" and "test"; empty without splits."""
-        return {}
-
-    def image(self, index: int) -> Image.Image:
-        """Read the image alone, whatever its captions are."""
-        return self.lazy_image(index).decoded()
-
-    def lazy_image(self, index: int) -> LazyImage:
-        """As `image`, decoded on demand."""
-        return LazyImage(self[index].image)
-
-    def read_lazy(self, index: int) -> LazyPair:
-        """Read pair `index` and decode as little of its image as possible."""
-        pair = self[index]
-        return LazyPair(pair.key, LazyImage(pair.image), pair.captions)
-
-    def origin(self, index: int) -> Origin:
-        """Where the image is stored; empty if it has no file."""
-        return Origin()
 
     def shards(self) -> np.ndarray:
         """The number of pairs of each shard, (shards,) int64; without shards, of each `BLOCK` pairs."""
-        blocks = (
-            np.diff([*range(0, len(self), BLOCK), len(self)])
-            if self.blocks is None
-            else self.blocks
+        return np.diff([*range(0, len(self), BLOCK), len(self)])
+
+
+class OnDemand(Mapping[str, T]):
+    """Values by name, each computed by its function when it is first asked for."""
+
+    def __init__(self, functions: Mapping[str, Callable[[], T]]) -> None:
+        self._functions = functions
+        self._values: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._values:
+            self._values[name] = self._functions[name]()
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._functions)
+
+    def __len__(self) -> int:
+        return len(self._functions)
+
+
+def raise_broken(broken: BrokenPair) -> Any:
+    """Raise the error of a pair; the function of a `Pair` that cannot be read."""
+    raise broken
+
+
+def cells_of(source: PairSource, column: str) -> Sequence[tuple[str, ...]]:
+    """The cells of a table's column as text, of each pair those of its rows; raises `UserError` without it."""
+    if not source.cells:
+        raise UserError(
+            f"'{source.name}' has no column '{column}': it is not a table. Embed a table of the images."
         )
-        return np.asarray(blocks, np.int64)
+    if column not in source.cells:
+        raise unknown("column", column, map(printable, source.cells))
+    return source.cells[column]
 
 
 @dataclass

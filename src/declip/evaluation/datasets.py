@@ -13,7 +13,7 @@ from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import PairSource, printable
 from declip.data.sources.open import NO_SOURCES, Sources, names_plugin, open_source
 from declip.data.sources.python_items import PREFIX, Items
-from declip.data.sources.subset import Subset
+from declip.data.sources.subset import Subset, splits_of
 from declip.data.sources.table import find_table
 from declip.errors import UserError, unknown
 from declip.evaluation.readers import NAMED, Openers, labeled_table
@@ -21,9 +21,8 @@ from declip.io.plugins import BUILTIN, plugins
 
 
 class LabeledSource(PairSource):
-    """A source whose images each belong to one of several named classes."""
+    """A source whose images each belong to one of several named classes, by the column "label"."""
 
-    labels: np.ndarray
     class_names: Sequence[str]
 
 
@@ -88,15 +87,15 @@ def open_dataset(
 
 def with_classes(source: PairSource) -> LabeledSource:
     """Check that a source has classes."""
-    if source.labels is None:
+    if "label" not in source.columns:
         raise UserError(
             f"'{source.name}' has no classes. Use a dataset with labels, or the task 'retrieval'."
         )
-    labels, count = np.asarray(source.labels), len(source.class_names or ())
+    labels, count = np.asarray(source.columns["label"]), len(source.class_names or ())
     low, high = labels.min(initial=0), labels.max(initial=0)
     if len(labels) != len(source) or count < 2 or low < 0 or high >= count:
         raise UserError(
-            f"'{source.name}' has {len(labels)} `labels`, from {low} to {high}, and {count} `class_names` for "
+            f"'{source.name}' has {len(labels)} labels, from {low} to {high}, and {count} `class_names` for "
             f"{len(source)} pairs. Classification needs one label per pair and at least two classes, numbered from 0."
         )
     return cast(LabeledSource, source)
@@ -134,7 +133,7 @@ def _by_name(given: str, label_column: str | None, columns: Columns, sources: So
 
 def _unnamed(source: PairSource, name: str = "") -> Dataset:
     """A dataset of the pairs of the split "test" of a source that has one, else of all."""
-    if "test" in (splits := source.splits()):
+    if "test" in (splits := splits_of(source)):
         source = Subset(source, splits["test"], f"{source.name} (test)")
     openers = {**source.other_splits, "test": lambda: source}
     return Dataset(name or source.name, openers, _templates(source.name))

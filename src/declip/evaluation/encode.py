@@ -191,12 +191,14 @@ def _with_texts(model: Encoder, encoded: SourceFeatures, how: Batching) -> Sourc
 
 def _read_row(source: PairSource, index: int) -> tuple[Image.Image, tuple[int, tuple[str, ...]]]:
     pair = source[index]
-    return pair.image, (index, pair.captions)
+    captions = pair.captions()
+    return pair.open().decoded(), (index, captions)
 
 
 def _read_lazy_row(source: PairSource, index: int) -> tuple[LazyImage, tuple[int, tuple[str, ...]]]:
-    pair = source.read_lazy(index)
-    return pair.image, (index, pair.captions)
+    pair = source[index]
+    captions = pair.captions()
+    return pair.open(), (index, captions)
 
 
 def _count_truncated(model: Encoder, texts: Sequence[str]) -> int:

@@ -62,7 +62,7 @@ class HeldOutSets:
 
     def by_task(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Sets by the key of the task that they allow: "zero_shot" with classes, "retrieval" with captions."""
-        classes = tuple(name for name in names if self.test(name).labels is not None)
+        classes = tuple(name for name in names if "label" in self.test(name).columns)
         captions = tuple(name for name in names if self.captioned(name))
         for name in names:
             if name not in {*classes, *captions}:
@@ -74,14 +74,11 @@ class HeldOutSets:
     def captioned(self, name: str) -> bool:
         """Whether any of a set's first pairs has a caption other than the name of its class, for retrieval."""
         source = self.test(name)
+        labels = source.columns.get("label")
         for index in range(min(FIRST, len(source))):
             with suppress(BrokenPair):
-                captions, names = source.captions(index), source.class_names
-                if (
-                    source.labels is None
-                    or names is None
-                    or captions != (names[source.labels[index]],)
-                ):
+                captions, names = source[index].captions(), source.class_names
+                if labels is None or names is None or captions != (names[labels[index]],):
                     return True
         return False
 

@@ -44,7 +44,8 @@ def leaking_column(
     images = images.float()
     centered = normalize(images - images.mean(dim=0), dim=-1)
     found = dict[str, int]()
-    for column, numbers in source.other_columns(indices).items():
+    for column, all_numbers in source.other_columns().items():
+        numbers = all_numbers[indices]
         values = len(np.unique(numbers[numbers != 0]))
         if values <= classes:
             continue

@@ -201,7 +201,7 @@ def check_probe(dataset: Dataset) -> None:
     """Refuse a dataset that cannot be probed, before anything is encoded."""
     splits = check_splits(dataset, "linear")
     names = splits["test"].class_names
-    counts = np.bincount(splits["train"].labels, minlength=len(names))
+    counts = np.bincount(splits["train"].columns["label"], minlength=len(names))
     few = int((counts < 2).sum())
     if few >= len(names) / 2:
         raise UserError(
@@ -223,7 +223,7 @@ def linear_probe(
     parts, skipped, held_out = dict[str, Labeled](), Counter[str](), "validation split"
     for which, source in check_splits(dataset, "linear").items():
         encoded = encode(source)
-        labels = np.asarray(source.labels, np.int64)[encoded.indices]
+        labels = np.asarray(source.columns["label"], np.int64)[encoded.indices]
         parts[which] = Labeled(encoded.images, torch.from_numpy(labels))
         skipped.update(encoded.skipped.counts)
     # --- without a validation split: a fifth of each class's training images, with a fixed seed

@@ -102,17 +102,17 @@ class SharedFeatures:
             with eval_mode(self.model) as device:
                 scores = partial(scorer.scores, classes=tokens.to(device))
             scored = self._encode(source, encode=partial(chunked, scores), texts=False)
-            labels = source.labels[scored.indices]
+            labels = source.columns["label"][scored.indices]
             return [classify(scored, labels, source.class_names, templates=name)]
         classes = class_features(self.model, source.class_names, templates, options)
-        labels = source.labels[self.test.indices]
+        labels = source.columns["label"][self.test.indices]
         return [classify(self.test, labels, classes, templates=name)]
 
     def retrieval(self) -> list[RetrievalResult]:
         source, features = self.dataset.split("test"), self.test
         # retrieval also uses pairs without a class
         if isinstance(source, Classified) and source.captioned and source.broken:
-            features = self._encode(Subset(source.source, source.rows), texts=True)
+            features = self._encode(Subset(source.source, source.indices), texts=True)
         trained = self.model.logit_scale is not None
         return [retrieve(features, logit_scale(self.model) if trained else None)]
 
@@ -120,7 +120,7 @@ class SharedFeatures:
         splits, options = check_splits(self.dataset, "few-shot"), self.options
         train, test = splits["train"], splits["test"]
         # --- features of the images of all draws, of the test images and of the names
-        labels = np.asarray(train.labels, dtype=np.int64)
+        labels = np.asarray(train.columns["label"], dtype=np.int64)
         draws = {
             n: [sample_per_class(labels, partial(min, n), seed) for seed in range(DRAWS)]
             for n in options.shots
@@ -131,7 +131,7 @@ class SharedFeatures:
         tested = self._encode(test, encode=encode, texts=False)
         templates = read_templates(options.templates or self.dataset.templates)[1]
         names = class_features(self.model, test.class_names, templates, options)
-        truth = np.asarray(test.labels)[tested.indices]
+        truth = test.columns["label"][tested.indices]
 
         def right(chosen: np.ndarray) -> np.ndarray:
             rows = np.flatnonzero(chosen[seen.indices])

@@ -12,11 +12,19 @@ import numpy as np
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import EXTENSIONS
-from declip.data.pair import BrokenPair, LazyPair, Pair, PairSource, is_unicode, printable
+from declip.data.pair import (
+    BrokenPair,
+    OnDemand,
+    Pair,
+    PairSource,
+    is_unicode,
+    printable,
+    raise_broken,
+)
 from declip.data.sources.folder import FileList
 from declip.data.sources.python_items import ItemSource
 from declip.data.sources.rows import by_lower_name, cell_name, label_names
-from declip.data.sources.subset import SPLITS, DerivedSource, Subset
+from declip.data.sources.subset import SPLITS, Subset, splits_of
 from declip.data.sources.table import CAPTION_NAMES, Header, TableSource, open_rows
 from declip.errors import UserError, unknown
 from declip.evaluation.results import sample_per_class
@@ -41,14 +49,13 @@ SUN_PLACES = (
 )  # of the lists, which come in a separate archive
 
 
-class Classified(DerivedSource):
+class Classified(Subset):
     """Images of a source with one class each; without `captioned` the class name is the caption.
 
     `rows` (n,) are indices into the source. Those in `broken` have no class: each is a broken pair, whose label is
     ignored.
     """
 
-    labels: np.ndarray
     class_names: tuple[str, ...]
 
     def __init__(
@@ -61,32 +68,24 @@ class Classified(DerivedSource):
         captioned: bool = False,
         broken: Mapping[int, BrokenPair] | None = None,
     ) -> None:
-        self.name = source.name
-        self.source = source
+        super().__init__(source, np.arange(len(source)) if rows is None else rows, source.name)
         self.captioned = captioned
         self.broken = broken or {}
-        self.labels, self.class_names = np.asarray(labels, dtype=np.int64), tuple(class_names)
-        self.rows = np.arange(len(source)) if rows is None else rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.class_names = tuple(class_names)
+        columns = {"label": partial(np.asarray, labels, np.int64)}
+        if "group" in source.columns:
+            columns["group"] = partial(self._column, "group")
+        self.columns = OnDemand(columns)
 
     def __getitem__(self, index: int) -> Pair:
-        return self.read_lazy(index).decoded()
-
-    def locate(self, index: int) -> tuple[PairSource, int]:
-        return self.source, int(self.rows[index])
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        if (row := int(self.rows[index])) in self.broken:
-            raise self.broken[row]
-        return (
-            self.source.captions(row) if self.captioned else (self.class_names[self.labels[index]],)
-        )
-
-    def read_lazy(self, index: int) -> LazyPair:
-        captions = self.captions(index)  # before the image is read: they may be broken
-        return LazyPair(self.key(index), self.lazy_image(index), captions)
+        pair = super().__getitem__(index)
+        row = int(self.indices[index])
+        if row in self.broken:
+            return replace(pair, captions=partial(raise_broken, self.broken[row]))
+        if self.captioned:
+            return pair
+        name = self.class_names[self.columns["label"][index]]
+        return replace(pair, captions=partial(tuple, [name]))
 
 
 def image_folder(name: str, root: Path) -> Openers:
@@ -235,7 +234,7 @@ def labeled_table(
     labeled_rows = table = TableSource(table_path, replace(own, group=column))
     if given.group is not None:
         table = TableSource(table_path, own)
-    rows_of = table.splits() or {"test": np.arange(len(table))}
+    rows_of = splits_of(table) or {"test": np.arange(len(table))}
     if "test" not in rows_of:
         raise UserError(
             f"'{path.name}' has no test pairs: its splits are {', '.join(rows_of)}. Name some rows 'test'."
@@ -278,7 +277,7 @@ def _labels(table: TableSource, column: str) -> tuple[np.ndarray, list[str], dic
             labels[row] = number_of[text]
         else:
             broken[row] = BrokenPair(
-                "missing label", table.key(row), f"'{text}' is not one of the classes"
+                "missing label", table[row].key, f"'{text}' is not one of the classes"
             )
     return labels, names, broken
 
@@ -288,7 +287,7 @@ def _label(table: TableSource, row: int, column: str, known: Sequence[str]) -> s
     key, rows = table.entry(row)
     given = [
         value
-        for cell in table.cells(key, rows, column)
+        for cell in table.read_cells(key, rows, column)
         for value in (cell if isinstance(cell, list) else [cell])
     ]
     values = [

@@ -13,7 +13,7 @@ from declip.data.sources.checks import caption_warnings
 from declip.data.sources.names import absolute
 from declip.data.sources.open import NO_SOURCES, Sources, name_sources, open_source
 from declip.data.sources.python_items import Items
-from declip.data.sources.subset import LIST_KIND, Lists, Subset, read_pair_list
+from declip.data.sources.subset import LIST_KIND, Lists, Subset, read_pair_list, splits_of
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.held_out import HeldOutSets
@@ -171,7 +171,7 @@ def _fit_heads(
     refuse_other_files(folder)
     request, held_out = start.request, HeldOutSets(start.checked, sources)
     opened = open_source(request.pairs, Columns.of(start.checked.data), sources)
-    val, splits = request.val, opened.splits()
+    val, splits = request.val, splits_of(opened)
     if not val and "validation" in splits:
         own = Subset(opened, splits["validation"], f"the validation split of {opened.name}")
         held_out.opened[own.name] = Dataset(own.name, {"test": lambda: own})

@@ -8,7 +8,7 @@ from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.names import is_url
 from declip.data.sources.open import Sources, open_source
-from declip.data.sources.subset import NO_LISTS, Lists, Subset, list_of, training_part
+from declip.data.sources.subset import NO_LISTS, Lists, Subset, list_of, splits_of, training_part
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.held_out import HeldOutSets
@@ -50,7 +50,7 @@ def choose_pairs(
         for trained in [train] if seen is None else [train, seen]:
             check_copies(trained, list(map(held_out.test, request.val)), progress)
         return unsplit
-    if "validation" not in source.splits() and len(train) < FEWEST:
+    if "validation" not in splits_of(source) and len(train) < FEWEST:
         _check_few(train)
         return unsplit
     parts = split_pairs(source, progress=progress, seen=seen)
@@ -98,7 +98,7 @@ def _check_few(source: PairSource) -> None:
     captions = set[str]()
     for index in range(len(source)):
         with suppress(BrokenPair):  # refused later
-            captions.update(source.captions(index))
+            captions.update(source[index].captions())
     if len(captions) == 1 < len(source):
         raise UserError(f"All pairs of '{source.name}' have the same caption. Describe each image.")
     log.warning(

@@ -94,7 +94,7 @@ class Fitted:
         firsts = np.searchsorted(owners, neighbors.rows)
         found = []
         for row in firsts.tolist():
-            key = self.source.key(int(self.features.indices[row]))
+            key = self.source[int(self.features.indices[row])].key
             found.append((key, self.features.captions[row]))
         return found
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from declip.closed_form.solve import Pairs
 from declip.data.images.preprocess import Preprocess
-from declip.data.pair import Pair, PairSource, SkipCounter
+from declip.data.pair import PairSource, SkipCounter
 from declip.evaluation.encode import encode_batches
 from declip.fitting.base import BATCH, EncoderBase
-from declip.inspection.reading import PairRow, ReadPairs, row_of
+from declip.inspection.reading import PairRow, ReadPairs, compared_row
 from declip.inspection.split import related_pairs
 from declip.io.pool import usual_workers
 from declip.models.encoder import Preprocessing
@@ -85,12 +85,11 @@ class _Reader:
     def __call__(
         self, source: PairSource, index: int
     ) -> tuple[Tensor | Image.Image, tuple[PairRow, tuple[str, ...]]]:
-        lazy = source.read_lazy(index)
+        pair = source[index]
+        captions = pair.captions()
         if not isinstance(self.preprocess, Preprocess):  # of another library, which takes images
-            image = Image.fromarray(lazy.image.pixels())
-            pair = Pair(lazy.key, image, lazy.captions)
-            return image, (row_of(pair, index, hashed=True), pair.captions)
-        pixels = lazy.image.reduced(self.preprocess.enough)
-        pair = Pair(lazy.key, Image.fromarray(pixels), lazy.captions)
-        row = row_of(pair, index, hashed=True)
-        return self.preprocess.resized(pixels), (row, pair.captions)
+            image = Image.fromarray(pair.image())
+            return image, (compared_row(image, captions, index), captions)
+        pixels = pair.image(self.preprocess.enough)
+        row = compared_row(Image.fromarray(pixels), captions, index)
+        return self.preprocess.resized(pixels), (row, captions)

@@ -231,7 +231,7 @@ def _write_ranks(path: Path, fitted: Fitted) -> None:
     """Write the out-of-fold rank of each caption, the worst first."""
     rows = []
     for index, caption, rank in fitted.ranks():
-        rows.append([fitted.source.key(index), caption, f"{rank:.4f}"])
+        rows.append([fitted.source[index].key, caption, f"{rank:.4f}"])
     write_table(path, ("key", "caption", "rank"), rows)
 
 

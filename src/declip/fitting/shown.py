@@ -81,7 +81,7 @@ def worst_captions(fitted: Fitted, image_of: Thumbnails) -> list[dict[str, Any]]
             worst.setdefault(index, (caption, rank))
     shown = []
     for index, (caption, rank) in worst.items():
-        key = fitted.source.key(index)
+        key = fitted.source[index].key
         image = _image(image_of, index)
         shown.append({"key": key, "caption": caption, "rank": rank, "image": image})
     return shown

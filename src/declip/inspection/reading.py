@@ -1,6 +1,6 @@
 """Reading many pairs into hashes and numbers, and finding duplicates among them in nearly linear time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from hashlib import blake2b, sha256
 from itertools import combinations
@@ -197,61 +197,63 @@ class PairRow(NamedTuple):
     captions: Sequence[tuple[int, ...]]
 
 
+RowOf = Callable[[Pair, int], PairRow]
+"""A pair of a source and its index → its row; raises `BrokenPair`."""
+
+
+def counted_row(pair: Pair, index: int) -> PairRow:
+    """Hash the image and the captions of a pair, and count their pixels, words and tokens."""
+    tokenizer = Tokenizer(context=1 << 30)  # CLIP's, without truncation
+    lines = []
+    for text in pair.captions()[:MOST_PER_PAIR]:
+        tokens, words = len(tokenizer.encode(text)), len(text.split())
+        lines.append((caption_hash(text), tokens, words, KIND_NUMBERS[kind_of(text)]))
+    image = pair.open().decoded()
+    return PairRow((index, image_hash(image), look(image), *image.size, len(lines)), lines)
+
+
+def compared_row(image: Image.Image, captions: Sequence[str], index: int) -> PairRow:
+    """Hash what shows that two pairs are related: the look of an image and its captions, without counts."""
+    lines = []
+    for text in captions[:MOST_PER_PAIR]:
+        lines.append((caption_hash(text), 0, 0, KIND_NUMBERS[None]))
+    return PairRow((index, 0, look(image), *image.size, len(lines)), lines)
+
+
+def pair_row(pair: Pair, index: int) -> PairRow:
+    """The `compared_row` of a pair."""
+    captions = pair.captions()
+    return compared_row(pair.open().decoded(), captions, index)
+
+
+def image_row(pair: Pair, index: int) -> PairRow:
+    """The `compared_row` of an image, whatever its captions are."""
+    return compared_row(pair.open().decoded(), (), index)
+
+
 def read(
     source: PairSource,
     indices: np.ndarray,
+    row_of: RowOf,
     workers: int | None,
     progress: str = "",
-    captioned: bool = True,
-    hashed: bool = False,
 ) -> ReadPairs:
-    """Read the pairs, or images alone, at rising indices by `workers` processes; `progress` is the title of a bar.
-
-    `hashed` as for `row_of`.
-    """
+    """Read the pairs at rising indices by `workers` processes; `progress` is the title of a bar."""
     step = int(np.clip(len(indices) // PARTS, SMALLEST_PART, LARGEST_PART))
     parts = [indices[start : start + step] for start in range(0, len(indices), step)]
     pairs, captions, skipped = [np.empty(0, PAIR)], [np.empty(0, CAPTION)], SkipCounter()
-    for part in parallel_map(
-        partial(_read_part, source, captioned, hashed), parts, workers, progress
-    ):
+    for part in parallel_map(partial(_read_part, source, row_of), parts, workers, progress):
         pairs.append(part.pairs)
         captions.append(part.captions)
         skipped.merge(part.skipped)
     return ReadPairs(np.concatenate(pairs), np.concatenate(captions), skipped)
 
 
-def _read_part(source: PairSource, captioned: bool, hashed: bool, indices: np.ndarray) -> ReadPairs:
+def _read_part(source: PairSource, row_of: RowOf, indices: np.ndarray) -> ReadPairs:
     rows, skipped = list[PairRow](), SkipCounter()
     for index in indices.tolist():
         try:
-            pair = source[index] if captioned else Pair("", source.image(index), ())
-            rows.append(row_of(pair, index, hashed))
+            rows.append(row_of(source[index], index))
         except BrokenPair as broken:
             skipped.add(broken)
     return ReadPairs.of(rows, skipped)
-
-
-def row_of(pair: Pair, index: int, hashed: bool = False) -> PairRow:
-    """Hash the image and the captions of pair `index` of a source, and count their pixels and tokens.
-
-    `hashed` leaves out what `related_pairs` does not need: the counts, and the hash of all pixels.
-    """
-    captions = pair.captions[:MOST_PER_PAIR]
-    if hashed:
-        lines: list[tuple[int, ...]] = [
-            (caption_hash(text), 0, 0, KIND_NUMBERS[None]) for text in captions
-        ]
-    else:
-        tokenizer = Tokenizer(context=1 << 30)  # CLIP's, without truncation
-        lines = [
-            (
-                caption_hash(text),
-                len(tokenizer.encode(text)),
-                len(text.split()),
-                KIND_NUMBERS[kind_of(text)],
-            )
-            for text in captions
-        ]
-    exact = 0 if hashed else image_hash(pair.image)
-    return PairRow((index, exact, look(pair.image), *pair.image.size, len(lines)), lines)

@@ -14,8 +14,9 @@ from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.thumbnails import shrunk
-from declip.data.pair import BrokenPair, Pair, PairSource
+from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import ImageSource, open_source
+from declip.data.sources.subset import splits_of
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
 from declip.evaluation.results import Measure
@@ -305,7 +306,8 @@ def inspect_source(
     indices = np.arange(total)
     if sample is not None and sample < total:
         indices = np.sort(np.random.default_rng((seed, total)).choice(total, sample, replace=False))
-    read = reading.read(source, indices, workers, f"Pairs of {source.name}" if progress else "")
+    title = f"Pairs of {source.name}" if progress else ""
+    read = reading.read(source, indices, reading.counted_row, workers, title)
     # --- statistics of the usable pairs, leakage, and what follows
     broken = Fraction.counted(read.skipped.total, len(indices), len(indices) == total)
     reasons: dict[str, Any] = read.skipped.to_dict()["reasons"]
@@ -330,13 +332,12 @@ def _leakage(
 ) -> Leakage:
     """Find the pairs whose image looks like one of another source."""
     title = f"Images of {other.name}" if progress else ""
-    seen, _, skipped = reading.read(
-        other, np.arange(len(other)), workers, title, captioned=False, hashed=True
-    )
+    seen, _, skipped = reading.read(other, np.arange(len(other)), reading.image_row, workers, title)
     if not len(seen):
         raise UserError(f"No image of '{other.name}' can be used. {skipped.explanation()}")
     copied = read.pairs["index"][reading.across(read.pairs, seen)].tolist()
-    keys = map(ImageSource(source).key, copied)
+    images = ImageSource(source)
+    keys = [images[index].key for index in copied]
     all_read = len(read.pairs) + read.skipped.total == len(source)
     fraction = Fraction.counted(len(copied), len(read.pairs), all_read)
     return Leakage(other.name, len(seen), fraction, tuple(zip(keys, copied, strict=True)))
@@ -384,7 +385,7 @@ def _split_copies(
     source: PairSource, alike: np.ndarray, indices: np.ndarray, whole: bool
 ) -> Fraction | None:
     """Count the pairs of other splits whose image is one of those that are `alike` (n,) to a training image."""
-    splits = source.splits()
+    splits = splits_of(source)
     train = np.isin(indices, splits.pop("train", []))
     held_out = np.isin(indices, [*chain.from_iterable(splits.values())])
     if not held_out.any():
@@ -417,14 +418,12 @@ def _captions(
         if which.any():
             kinds[name] = fraction(which)
             first = np.sort(np.unique(lines["hash"][which], return_index=True)[1])  # of each text
-            pairs = _pairs(source, indices[which][first[:OF_A_KIND]])
-            texts = (
-                text[:LONGEST_TEXT]
-                for pair in pairs
-                for text in pair.captions
-                if reading.kind_of(text) == name
-            )
-            examples[name] = list(dict.fromkeys(texts))[:OF_A_KIND]
+            texts = dict[str, None]()
+            for _, captions in _captioned(source, indices[which][first[:OF_A_KIND]]):
+                for text in captions:
+                    if reading.kind_of(text) == name:
+                        texts[text[:LONGEST_TEXT]] = None
+            examples[name] = list(texts)[:OF_A_KIND]
     batch_size = min(batch_size, len(source))
     return CaptionStats(
         per_pair=spread_of(read.pairs["captions"]),
@@ -448,16 +447,15 @@ def _repeats(
     numbers, sizes = reading.repeated(groups)
     examples = []
     for number, size in zip(numbers[:LISTED], sizes[:LISTED].tolist(), strict=True):
-        pairs = _pairs(source, indices[groups == number][:KEYS])
-        captions = [caption for pair in pairs for caption in pair.captions]
+        pairs = _captioned(source, indices[groups == number][:KEYS])
+        captions = [caption for _, own in pairs for caption in own]
         if hashes is not None:
             wanted = hashes[groups == number][0]
             captions = [
                 clean(caption) for caption in captions if reading.caption_hash(caption) == wanted
             ]
-        examples.append(
-            RepeatGroup(size, tuple(pair.key for pair in pairs), next(iter(captions), ""))
-        )
+        keys = tuple(key for key, _ in pairs)
+        examples.append(RepeatGroup(size, keys, next(iter(captions), "")))
     return Repeats(len(np.unique(indices[np.isin(groups, numbers)])), len(numbers), tuple(examples))
 
 
@@ -468,18 +466,26 @@ def _most_different(same: np.ndarray, alike: np.ndarray) -> list[int]:
     return numbers[np.lexsort((-sizes, -different[numbers]))[:NEAR_EXAMPLES]].tolist()
 
 
-def _examples(source: PairSource, indices: np.ndarray) -> tuple[Example, ...]:
-    examples = []
-    for pair in _pairs(source, indices):
-        small = shrunk(pair.image, THUMBNAIL)
-        examples.append(Example(pair.key, pair.captions[0], *pair.image.size, small))
-    return tuple(examples)
+# Only numbers of the pairs were kept, so these are read again, without those that were removed in the meantime.
 
 
-def _pairs(source: PairSource, indices: Iterable[int]) -> list[Pair]:
-    """Read pairs again, since only their numbers were kept, without those that were removed in the meantime."""
-    pairs = []
+def _captioned(source: PairSource, indices: Iterable[int]) -> list[tuple[str, tuple[str, ...]]]:
+    """Keys and captions of pairs."""
+    captioned = []
     for index in indices:
         with suppress(BrokenPair):
-            pairs.append(source[int(index)])
-    return pairs
+            pair = source[int(index)]
+            captioned.append((pair.key, pair.captions()))
+    return captioned
+
+
+def _examples(source: PairSource, indices: Iterable[int]) -> tuple[Example, ...]:
+    """Pairs with small copies of their images."""
+    examples = []
+    for index in indices:
+        with suppress(BrokenPair):
+            pair = source[int(index)]
+            caption = pair.captions()[0]
+            image = pair.open().decoded()
+            examples.append(Example(pair.key, caption, *image.size, shrunk(image, THUMBNAIL)))
+    return tuple(examples)

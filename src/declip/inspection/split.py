@@ -8,9 +8,18 @@ from typing import NamedTuple
 import numpy as np
 
 from declip.data.pair import PairSource
-from declip.data.sources.subset import Subset, training_part
+from declip.data.sources.subset import Subset, groups_of, splits_of, training_part
 from declip.errors import UserError
-from declip.inspection.reading import ReadPairs, across, components, equal_groups, near_groups, read
+from declip.inspection.reading import (
+    ReadPairs,
+    across,
+    components,
+    equal_groups,
+    image_row,
+    near_groups,
+    pair_row,
+    read,
+)
 from declip.io.text import percent, plural
 
 # Fraction of the pairs that the validation part has, and at most how many; pairs of which a part can be split off.
@@ -41,7 +50,7 @@ def split_pairs(
     training pair is ever validated on when pairs are added. Of few pairs, between half and twice the wanted number are
     chosen. Sets with an image of `seen`, pairs that were trained on before, go to training, if enough others are left.
     """
-    splits = source.splits()
+    splits = splits_of(source)
     candidates = training_part(source)
     if "validation" in splits:
         val = splits["validation"]
@@ -55,15 +64,14 @@ def split_pairs(
                 log.warning(SEEN.format(seen.name))
         return PairSplit(splits["train"], val)
     pairs = _read(candidates, progress)
-    named = _groups(pairs, candidates)  # (n,) int64, as all below
+    named = groups_of(candidates)[pairs.pairs["index"]]  # (n,) int64, as all below
     related = _related(pairs, named)
     sizes, hashes = np.bincount(related), _hashes(pairs, named, related)
     # --- the sets with the lowest hashes; what the start was trained on is not held out, unless it is nearly all
     chosen = _chosen(hashes, sizes, most)
     if seen is not None:
-        copied = across(
-            pairs.pairs, read(seen, np.arange(len(seen)), None, captioned=False, hashed=True).pairs
-        )
+        known = read(seen, np.arange(len(seen)), image_row, None)
+        copied = across(pairs.pairs, known.pairs)
         fresh = hashes.copy()
         fresh[np.unique(related[copied])] = np.inf
         if new := _chosen(fresh, sizes, most):
@@ -80,11 +88,6 @@ def split_pairs(
     train = np.setdiff1d(np.arange(len(candidates)), val)
     indices = splits.get("train", np.arange(len(source)))  # of the candidates in the source
     return PairSplit(indices[train], indices[val])
-
-
-def _groups(pairs: ReadPairs, source: PairSource) -> np.ndarray:
-    """The source's groups of pairs that were read: int64 (n,), 0 where unknown."""
-    return np.array([source.group(index) for index in pairs.pairs["index"].tolist()], np.int64)
 
 
 def _hashes(pairs: ReadPairs, named: np.ndarray, related: np.ndarray) -> np.ndarray:
@@ -138,7 +141,7 @@ def check_copies(train: PairSource, held_out: Sequence[PairSource], progress: bo
 def related_pairs(pairs: ReadPairs, source: PairSource) -> np.ndarray:
     """The group of each pair that must not be separated from it, by its least hash of a caption: int64 (n,)."""
     check_pairs(pairs, source.name, len(source))
-    related = _related(pairs, _groups(pairs, source))
+    related = _related(pairs, groups_of(source)[pairs.pairs["index"]])
     least = np.full(related.max() + 1, np.iinfo(np.uint64).max)
     np.minimum.at(least, np.repeat(related, pairs.pairs["captions"]), pairs.captions["hash"])
     return least.view(np.int64)[related]
@@ -165,7 +168,7 @@ def _read(source: PairSource, progress: bool, fewest: int = FEWEST) -> ReadPairs
         )
     workers = None if len(source) > 2_000 else 0
     title = f"Comparing images of {source.name}" if progress else ""
-    pairs = read(source, np.arange(len(source)), workers, title, hashed=True)
+    pairs = read(source, np.arange(len(source)), pair_row, workers, title)
     check_pairs(pairs, source.name, len(source))
     return pairs
 

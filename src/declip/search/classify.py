@@ -19,6 +19,7 @@ from declip.data.images.decode import EXTENSIONS
 from declip.data.pair import LazyImage, PairSource, SkipCounter, printable
 from declip.data.sources.open import ImageSource, open_images
 from declip.data.sources.python_items import Items
+from declip.data.sources.subset import groups_of
 from declip.data.sources.table import find_table, open_rows
 from declip.errors import UserError, check_range
 from declip.evaluation.datasets import LabeledSource, open_dataset, with_classes
@@ -116,14 +117,12 @@ class Classifier:
             number = _numbers(known, source.class_names)
             how = Batching(batch_size, workers, progress)
             features = encode_source(encoder, source, how, encode=encode, texts=False, exact=False)
-            labels = torch.from_numpy(number[np.asarray(source.labels)[features.indices]])
+            labels = torch.from_numpy(number[source.columns["label"][features.indices]])
             skipped = features.skipped
             given = Examples(features.images, labels, names, width)
             groups = np.arange(len(labels))
             if columns.group is not None:
-                named = np.array(
-                    [source.group(index) for index in features.indices.tolist()], np.int64
-                )
+                named = groups_of(source)[features.indices]
                 groups = np.where(named == 0, -1 - groups, named)
             leaking = leaking_column(
                 source, features.indices.tolist(), features.images, groups, len(known)
@@ -234,7 +233,7 @@ def _open_examples(
             examples = f"folder:{folder}"
     dataset = open_dataset(examples, label_column=label_column, columns=columns, captioned=False)
     source = dataset.split("train" if "train" in dataset.openers else "test")
-    if table is not None and source.labels is None:
+    if table is not None and "label" not in source.columns:
         names = ", ".join(f"'{printable(name)}'" for name in open_rows(table).columns[:30])
         raise UserError(
             f"The table '{table}' of examples has no column of classes, such as 'label'. Its columns: {names}. "
@@ -436,7 +435,8 @@ def _name_features(
 
 
 def _read(source: ImageSource, index: int) -> tuple[LazyImage, str]:
-    return source.read_lazy(index).image, source.key(index)
+    image = source[index]
+    return image.open(), image.key
 
 
 def _open(images: str | Path | PairSource | Items, columns: Columns) -> ImageSource:

@@ -165,24 +165,25 @@ class _Embedding:
 
     def _key(self, index: int) -> bytes:
         """By where the image is and when it changed; by its pixels where that is unknown."""
-        origin = self.source.origin(index)
+        image = self.source[index]
+        origin = image.origin()
         if origin.stamp:
             return stamp_key(origin.stamp)
         try:
-            return content_key(self.source.read_lazy(index).image.pixels())
+            return content_key(image.image())
         except BrokenPair:
             return b""  # it will be found broken again, and counted
 
     def _row(self, index: int) -> IndexedImage:
-        origin = self.source.origin(index)
+        image = self.source[index]
+        origin = image.origin()
         origin = origin._replace(path=relative(origin.path, self.folder))
-        captions = self.source.captions(index)
-        return IndexedImage(index, self.source.key(index), captions, index, origin)
+        return IndexedImage(index, image.key, image.captions(), index, origin)
 
 
 def read_image(source: ImageSource, index: int) -> tuple[LazyImage, int]:
     """Open an image; its index stays with it."""
-    return source.read_lazy(index).image, index
+    return source[index].open(), index
 
 
 def _caption_vectors(model: Encoder, rows: Sequence[IndexedImage], dimension: int) -> Tensor:

@@ -82,12 +82,12 @@ class Embedder:
                 raise UserError(
                     f"There is no image {unknown[0]} in '{source.name}': it has {len(source):,}, from 0 on."
                 )
-            ids = [source.key(index) for index in indices]
+            ids = [source[index].key for index in indices]
         # --- why each image cannot be used, and the pixels (1, 3, S, S) of those that can
         errors, usable = list[str](), list[Tensor]()
         for index in indices:  # each alone, to know what is wrong with it
             pixels, _, broken = read_images(
-                model.preprocessor, lambda at: (source.read_lazy(at).image, 0), [index]
+                model.preprocessor, lambda at: (source[at].open(), 0), [index]
             )
             errors.append(
                 "; ".join(f"{reason}: {detail}" for reason, detail in broken.details.items())

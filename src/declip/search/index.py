@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from declip.data.images.decode import Picture
-from declip.data.pair import BrokenPair, PairSource, SkipCounter, printable
+from declip.data.pair import BrokenPair, PairSource, SkipCounter, cells_of, printable
 from declip.data.sources.names import is_missing, resolve
 from declip.data.sources.open import ImageSource, open_images
 from declip.data.sources.python_items import Items
@@ -280,7 +280,7 @@ class Index:
     def column_names(self) -> Sequence[str]:
         """The columns of the source's table; none if it is no table, or is no longer there."""
         try:
-            return self._source.source.column_names
+            return list(self._source.source.cells)
         except UserError:
             return ()
 
@@ -290,7 +290,7 @@ class Index:
         An image that is in several rows of the table has several cells.
         """
         if name not in self._columns:
-            cells = self._source.source.column(name)
+            cells = cells_of(self._source.source, name)
             indices = self._store.column("index").to_pylist()
             places = map(self._locate, self.keys(), indices)
             self._columns[name] = [cells[place] for place in places]
@@ -350,7 +350,7 @@ class Index:
         row, source = self.row(id), self._source
         index = self._locate(row.key, row.index)
         try:
-            return source[index].image
+            return source[index].open().decoded()
         except BrokenPair as broken:
             raise UserError(
                 f"The image '{printable(row.key)}' cannot be read any more: {broken}."
@@ -360,7 +360,7 @@ class Index:
         """The index of an image in the current source; raises `UserError` if it has no such image."""
         # By the row's key, among what the source itself lists: no path in the index is ever opened.
         source = self._source
-        if index < len(source) and source.key(index) == key:
+        if index < len(source) and source[index].key == key:
             return index
         if key not in self._indices:  # the source has changed since
             raise UserError(f"'{printable(key)}' is no longer in '{source.name}'.")
@@ -397,7 +397,7 @@ class Index:
         """The first index of each key in the current source."""
         indices = dict[str, int]()
         for index in range(len(self._source)):
-            indices.setdefault(self._source.key(index), index)
+            indices.setdefault(self._source[index].key, index)
         return indices
 
 

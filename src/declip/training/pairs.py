@@ -10,7 +10,14 @@ from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.checks import evenly_spaced
 from declip.data.sources.names import absolute
 from declip.data.sources.open import NO_SOURCES, Sources, open_source
-from declip.data.sources.subset import LIST_KIND, Joined, read_pair_list, take, training_part
+from declip.data.sources.subset import (
+    LIST_KIND,
+    Joined,
+    read_pair_list,
+    splits_of,
+    take,
+    training_part,
+)
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, with_classes
 from declip.evaluation.held_out import HeldOutSets
@@ -29,7 +36,7 @@ def open_training_source(recipe: Recipe, sources: Sources = NO_SOURCES) -> PairS
     names = [data.source] if isinstance(data.source, str) else data.source
     parts = [training_part(open_source(name, Columns.of(data), sources)) for name in names]
     source = parts[0] if isinstance(data.source, str) else Joined(parts)
-    if data.columns.get("group") is not None and source.group_column is None:
+    if data.columns.get("group") is not None and "group" not in source.columns:
         raise UserError(
             f"data.columns.group names a column of a table, which '{source.name}' is not. Leave it out."
         )
@@ -54,7 +61,8 @@ def _hashes(source: PairSource) -> list[str]:
     for index in evenly_spaced(source):
         digest = ""
         with suppress(BrokenPair):
-            text = "\n".join((source.key(index), *source.captions(index)))
+            pair = source[index]
+            text = "\n".join((pair.key, *pair.captions()))
             digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         hashes.append(digest)
     return hashes
@@ -109,7 +117,7 @@ def warn_of_training_pairs(model: object, datasets: Iterable[Dataset]) -> None:
     except UserError:  # not the recipe of a run: nothing is known of its pairs
         return
     for dataset in datasets:
-        has_splits = len(dataset.openers) > 1 or dataset.split("test").splits()
+        has_splits = len(dataset.openers) > 1 or splits_of(dataset.split("test"))
         if absolute(dataset.name) in names and not has_splits:
             log.warning(
                 f"'{folder}' was trained on pairs of '{dataset.name}': the results are too high. Give others."

@@ -34,7 +34,7 @@ def read(source):
     said = list[str]()
     for index in range(len(source)):
         try:
-            said.append("|".join(source.captions(index)))
+            said.append("|".join(source[index].captions()))
         except BrokenPair as broken:
             said.append(f"{broken.reason}: {broken.detail}")
     return said

@@ -30,10 +30,10 @@ def test_images_are_found_below_and_sorted(tmp_path):
     (tmp_path / "b.txt").write_text("\ufeffa gray square\n\n  another name \r\n", encoding="utf-8")
     source = FolderSource(tmp_path)
     assert source.name == tmp_path.name
-    assert [source.key(index) for index in range(len(source))] == ["a/c.webp", "a/z.jpg", "b.PNG"]
+    assert [source[index].key for index in range(len(source))] == ["a/c.webp", "a/z.jpg", "b.PNG"]
     for one in (source, pickle.loads(pickle.dumps(source))):
-        assert one[2].captions == one.captions(2) == ("a gray square", "another name")
-        assert one[2].image.getpixel((0, 0)) == (9, 9, 9)
+        assert one[2].captions() == ("a gray square", "another name")
+        assert one[2].open().decoded().getpixel((0, 0)) == (9, 9, 9)
     with pytest.raises(IndexError):
         source[3]
 
@@ -58,7 +58,7 @@ def test_broken_pairs_keep_their_place(tmp_path):
         "empty caption", "invalid text", "caption too long", "missing caption", "caption too long",
         "unreadable image", "unreadable image",
     ]  # fmt: skip
-    assert (source[4].captions, source.captions(6)) == (("fine",), ("not an image",))
+    assert (source[4].captions(), source[6].captions()) == (("fine",), ("not an image",))
 
 
 PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">
@@ -94,7 +94,7 @@ def write(path, packet=b"", segment=b""):
 
 
 def captions(folder):
-    return open_source(folder).captions(0)
+    return open_source(folder)[0].captions()
 
 
 def test_description_title_and_keywords_are_captions(tmp_path):
@@ -162,7 +162,7 @@ def test_other_formats(tmp_path):
     ):
         Image.new("RGB", (8, 8), "red").save(tmp_path / f"a.{name}", **options)
     source = open_source(tmp_path)
-    assert [source.captions(index) for index in range(3)] == [("A bird",)] * 3
+    assert [source[index].captions() for index in range(3)] == [("A bird",)] * 3
 
 
 BOMB = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>'
@@ -185,4 +185,4 @@ def test_hostile_metadata_are_a_broken_caption(tmp_path, packet):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.webp", xmp=packet)
     assert reason_of(open_source(tmp_path), 0) == "invalid metadata"
     found = open_images(tmp_path)[0]
-    assert (found.image.size, found.captions) == ((8, 8), ())
+    assert (found.open().size, found.captions()) == ((8, 8), ())

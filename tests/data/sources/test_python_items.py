@@ -46,16 +46,16 @@ def test_items_are_dicts_pairs_or_images(folder):
         {"bytes": a.read_bytes(), "path": "lost"},
     ):
         source = open_source([(item, "x"), (item, ("y", "z "))])
-        assert source[0].captions == ("x",)
-        assert source.captions(1) == ("y", "z")
-        assert source[1].image.getpixel((0, 0)) == (0, 0, 0)
-        assert source.read_lazy(1).image.pixels().shape == pixels.shape
+        assert source[0].captions() == ("x",)
+        assert source[1].captions() == ("y", "z")
+        assert source[1].open().decoded().getpixel((0, 0)) == (0, 0, 0)
+        assert source[1].image().shape == pixels.shape
         alone = open_source([item])
-        assert alone.image(0).getpixel((0, 0)) == (0, 0, 0)
+        assert alone[0].open().decoded().getpixel((0, 0)) == (0, 0, 0)
         assert reason_of(alone, 0) == "empty caption"
     named = open_source([{"file_name": "a.png", "title": "x"}], Columns(root=folder))
-    assert (named[0].captions, named.key(0)) == (("x",), "a.png")
-    assert named.origin(0).path == str(a)
+    assert (named[0].captions(), named[0].key) == (("x",), "a.png")
+    assert named[0].origin().path == str(a)
 
 
 def test_a_dict_of_splits_is_not_one_source(folder):
@@ -66,9 +66,10 @@ def test_a_dict_of_splits_is_not_one_source(folder):
 
 def test_items_that_cannot_be_used_are_broken_pairs(table, folder):
     source = open_source(Shapes(table, broken=(0, 3)), Columns(image="picture"))
-    assert source[1].captions[0] == "a red square"
-    with pytest.raises(BrokenPair, match="OSError: the disk is gone"):
-        source[3]
+    assert source[1].captions()[0] == "a red square"
+    for read in (source[3].captions, source[3].open):
+        with pytest.raises(BrokenPair, match="OSError: the disk is gone"):
+            read()
     a = folder / "a.png"
     items = [
         (a, "x"),
@@ -93,10 +94,19 @@ def test_items_that_cannot_be_used_are_broken_pairs(table, folder):
 def test_items_of_one_group_share_a_number():
     items = [{"image": "a.png", "caption": "a", "product": cell} for cell in ("7", "8", " 7", "")]
     source = open_source(items, Columns(group="product"))
-    first, second, third, none = (source.group(index) for index in range(4))
-    assert (first == third != second, none, open_source(items).group(0)) == (True, 0, 0)
+    first, second, third, none = (source.columns["group"][index] for index in range(4))
+    assert (first == third != second, none, "group" in open_source(items).columns) == (
+        True,
+        0,
+        False,
+    )
     for empty in (math.nan, None, "  "):  # pandas has NaN for an empty cell
-        assert open_source([{**items[0], "product": empty}], Columns(group="product")).group(0) == 0
+        assert (
+            open_source([{**items[0], "product": empty}], Columns(group="product")).columns[
+                "group"
+            ][0]
+            == 0
+        )
     for given, column in ((items, "produkt"), ([("a.png", "a")], "product")):
         assert "data.columns.group" in message(given, Columns(group=column))
 
@@ -107,10 +117,10 @@ def test_a_data_frame_is_its_rows(table):
         np.array(captions, object) for captions in frame["caption"]
     ]  # as read from Parquet
     source = open_source(frame, Columns(root=table.parent))
-    assert (source.name, len(source), source[3].captions) == (
+    assert (source.name, len(source), source[3].captions()) == (
         "DataFrame",
         24,
-        open_source(table)[3].captions,
+        open_source(table)[3].captions(),
     )
 
 
@@ -142,6 +152,6 @@ def test_a_dataset_in_the_way_of_torchvision_has_classes():
 
     result = declip.evaluate(tiny_model(), images, templates="{}", progress=False)
     assert (result.n, result.classes, result.dataset) == (3, 2, "Cifar")
-    assert open_source(images)[2].captions == ("dog",)
+    assert open_source(images)[2].captions() == ("dog",)
     images[0] = (images[0][0], 2)
     assert reason_of(open_source(images), 0) == "unreadable item"

@@ -43,7 +43,7 @@ def kept(copies):
 
 def numbers(source):
     """The numbers of the pictures, which their captions tell."""
-    return [int(source.captions(i)[0].removeprefix("picture ")) for i in range(len(source))]
+    return [int(source[i].captions()[0].removeprefix("picture ")) for i in range(len(source))]
 
 
 ALL = list(range(21))
@@ -58,7 +58,7 @@ def test_urls_are_read_as_files_are_and_fetched_once(memory, copies, monkeypatch
         source = open_source(word)
         assert numbers(source) == numbers(pickle.loads(pickle.dumps(source))) == ALL
         assert source.remote
-    assert source[7].image.getpixel((0, 0)) == (7, 0, 7)
+    assert source[7].open().decoded().getpixel((0, 0)) == (7, 0, 7)
     assert sorted(fetched[4:]) == [f"memory:///set/{n:05d}.tar" for n in range(4)]
     assert {path.name for path in copies.iterdir()} == {path.name for path in kept(copies)}
 
@@ -74,7 +74,7 @@ def test_signed_urls(memory, copies, monkeypatch):
     memory.pipe_file(f"/{signed}", memory.cat_file("/set/00002.tar"))
     for _ in range(2):
         source = open_source(f"memory://{signed}")
-        assert (numbers(source), source.key(0)) == (ALL[6:15], "00002.tar/000000006")
+        assert (numbers(source), source[0].key) == (ALL[6:15], "00002.tar/000000006")
     assert len(kept(copies)) == 1
 
 
@@ -90,7 +90,7 @@ def test_what_was_not_used_for_longest_goes_when_there_is_no_room(memory, copies
         1,
         6,
     ):  # of shards 0, 1 and 3, which fit, 0 again, so 1 is the oldest, and 2
-        source.captions(index)
+        source[index].captions()
         time.sleep(0.01)
     assert [path.stat().st_size for path in kept(copies)] == [sizes[0], sizes[2]]
     assert numbers(source) == ALL
@@ -109,12 +109,12 @@ def test_counts_next_to_the_shards_save_reading_them_first(memory, copies):
         json.dumps({f"{n:05d}.tar": size for n, size in enumerate(SIZES)}).encode(),
     )
     source = ShardSource("memory://set")
-    assert source.blocks.tolist() == list(SIZES)
+    assert source.shards().tolist() == list(SIZES)
     assert not kept(copies)
-    assert (source.captions(7), len(kept(copies))) == (("picture 7",), 1)
+    assert (source[7].captions(), len(kept(copies))) == (("picture 7",), 1)
     memory.pipe_file("/set/sizes.json", b'{"00001.tar": 3, "00002.tar": 2}')
     source = ShardSource("memory://set")
-    assert source.blocks.tolist() == [5, 3, 2, 6]
+    assert source.shards().tolist() == [5, 3, 2, 6]
     assert reason_of(source, 6) == "missing in shard"
     memory.pipe_file("/set/sizes.json", b'{"00001.tar": "3"}')
     refuses(r"sizes\.json: ValueError: not a number", ShardSource, "memory://set")
@@ -136,12 +136,12 @@ def test_a_shard_that_cannot_be_fetched_breaks_its_pairs_and_is_not_asked_for_ea
         with pytest.raises(
             BrokenPair, match=r"unreadable shard: 00002.tar/.*tar: TimeoutError: no answer\)"
         ):
-            source[index]
+            source[index].open()
     assert len(asked) == shard_files.TRIES
     monkeypatch.undo()
     monkeypatch.setenv("DECLIP_CACHE", str(copies.parents[1]))
     monkeypatch.setattr(shard_files, "RESTING", 0.0)
-    assert source.captions(6) == ("picture 6",)
+    assert source[6].captions() == ("picture 6",)
 
 
 def test_a_download_that_comes_short_is_tried_again(memory, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_download_that_comes_short_is_tried_again(memory, monkeypatch):
         tries.append(path)
 
     monkeypatch.setattr(type(memory), "get_file", short)
-    assert ShardSource("memory://set/00002.tar").captions(0) == ("picture 6",)
+    assert ShardSource("memory://set/00002.tar")[0].captions() == ("picture 6",)
     assert len(tries) == 2
 
 

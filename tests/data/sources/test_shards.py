@@ -37,9 +37,9 @@ def add_links(path, name, *kinds, format=tarfile.PAX_FORMAT):
 
 def test_pairs_are_those_that_were_written(shard_folder):
     source = open_source(shard_folder)
-    assert (len(source), source.blocks.tolist(), source.remote) == (21, list(SIZES), False)
+    assert (len(source), source.shards().tolist(), source.remote) == (21, list(SIZES), False)
     for each in (source, pickle.loads(pickle.dumps(source))):
-        read = [(each[i].image.getpixel((0, 0)), each.captions(i)) for i in range(21)]
+        read = [(each[i].open().decoded().getpixel((0, 0)), each[i].captions()) for i in range(21)]
         assert read == [((number, 0, 7), (f"picture {number}",)) for number in range(21)]
     assert source[6].key == "00002.tar/000000006"
     assert len(pickle.dumps(source)) < 300
@@ -55,7 +55,7 @@ def test_what_names_shards_and_which_are_missing(shard_folder):
         ("{0}/000{{,}}{{02..03}}.tar", [9, 6, 9, 6]),
         ("{0}/0000{{3,0,1}}.tar", [6, 5, 1]),
     ):
-        assert open_source(word.format(shard_folder)).blocks.tolist() == sizes
+        assert open_source(word.format(shard_folder)).shards().tolist() == sizes
     assert (absolute("~/x/*.tar"), absolute("memory://a.tar")) == (
         f"{Path.home()}/x/*.tar",
         "memory://a.tar",
@@ -109,7 +109,7 @@ def test_captions_of_text_and_json(tmp_path):
         tmp_path, [*members, ("__MACOSX/._a.jpg", b"no key"), ("a.seg.png", b"no part of a pair")]
     )
     found = [
-        reason_of(source, i) if i in range(5, 14) else source.captions(i)
+        reason_of(source, i) if i in range(5, 14) else source[i].captions()
         for i in range(len(source))
     ]
     assert found == [
@@ -126,8 +126,8 @@ def test_a_key_may_lie_in_pieces_and_come_again(tmp_path):
     ]
     members += [("in/1.png", picture(9)), ("in/1.txt", b"again"), ("in/2.webp", picture(8))]
     source = one(tmp_path, members)
-    assert [source.captions(i)[0] for i in range(len(source))] == ["0", "1", "2", "again"]
-    assert source[3].image.getpixel((0, 0)) == (9, 0, 7)
+    assert [source[i].captions()[0] for i in range(len(source))] == ["0", "1", "2", "again"]
+    assert source[3].open().decoded().getpixel((0, 0)) == (9, 0, 7)
     assert source[1].key == source[3].key == "one.tar/in/1"
 
 
@@ -140,7 +140,7 @@ def test_names_that_would_leave_a_folder_are_only_names(tmp_path):
     before = {*tmp_path.rglob("*")}
     source = ShardSource(str(tmp_path / "t.tar"))
     assert reason_of(source, 0) == "missing image"
-    assert [source[i].captions[0] for i in (1, 2, 3)] == ["up", "root", "long"]
+    assert [source[i].captions()[0] for i in (1, 2, 3)] == ["up", "root", "long"]
     assert all(path.is_relative_to(tmp_path / "cache") for path in {*tmp_path.rglob("*")} - before)
 
 
@@ -150,7 +150,7 @@ def test_shards_cut_short_and_other_files_are_refused_and_one_cut_later_breaks_i
     source = ShardSource(str(shard_folder))
     with tarfile.open(shard_folder / "00002.tar") as tar:
         os.truncate(shard_folder / "00002.tar", tar.getmember("000000010.txt").offset_data + 3)
-    assert (source.captions(9), reason_of(source, 10)) == (("picture 9",), "truncated shard")
+    assert (source[9].captions(), reason_of(source, 10)) == (("picture 9",), "truncated shard")
     assert re.search(
         r"00002.tar' .* beyond its first 5 pairs: cut short", message(str(shard_folder))
     )
@@ -195,7 +195,7 @@ def test_open_files_are_bounded_and_closed(tmp_path):
 
     before = held()
     source = ShardSource(str(write_shards(tmp_path / "many", [1] * 90)))
-    assert [source.captions(index) for index in range(90)] == [
+    assert [source[index].captions() for index in range(90)] == [
         (f"picture {index}",) for index in range(90)
     ]
     assert before < held() <= before + OPEN_FILES

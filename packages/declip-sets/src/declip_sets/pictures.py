@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from declip.data.pair import Pair, PairSource
+from declip.data.pair import LazyImage, OnDemand, Pair, PairSource
 from declip.errors import UserError
 from declip.io.atomic import atomic_write, cache_folder
 from declip.io.pool import parallel_map
@@ -218,7 +218,7 @@ class BuiltinSource(PairSource):
         selection = origin.select(split, table)
         self.rows = selection.rows
         texts = [name for name, cell in self.rows[0].items() if isinstance(cell, str)]
-        self.column_names = tuple(texts)
+        self.cells = OnDemand({name: partial(self._texts, name) for name in texts})
         credits = dict.fromkeys(origin.credit(row) for row in self.rows)
         self.credit = "; ".join(credits)
         if selection.column:
@@ -233,27 +233,21 @@ class BuiltinSource(PairSource):
         self.class_names = tuple(names or sorted(set(classes)))
         number_of = {name: number for number, name in enumerate(self.class_names)}
         labels = [number_of[name] for name in classes]
-        self.labels = np.array(labels, dtype=np.int64)
+        self.columns = {"label": np.array(labels, dtype=np.int64)}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Pair:
         row = self.rows[index]
+        return Pair(row["key"], partial(tuple, row["captions"]), partial(self._image, row))
+
+    def _image(self, row: Row) -> LazyImage:
         images = self._images[row["colored"]]
         pixels = np.array(images[row["image"]])
-        image = Image.fromarray(pixels).convert("RGB")
-        return Pair(row["key"], image, tuple(row["captions"]))
+        return LazyImage(Image.fromarray(pixels).convert("RGB"))
 
-    def key(self, index: int) -> str:
-        return self.rows[index]["key"]
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return tuple(self.rows[index]["captions"])
-
-    def column(self, name: str) -> list[tuple[str, ...]]:
-        if name not in self.column_names:
-            return super().column(name)
+    def _texts(self, name: str) -> list[tuple[str, ...]]:
         return [(row[name],) for row in self.rows]
 
     def __reduce__(self) -> tuple[type["BuiltinSource"], tuple[object, ...]]:

@@ -52,11 +52,12 @@ def thumbnails_of(source: PairSource) -> Thumbnails:
     @cache
     def at(index: int) -> Thumbnail | None:
         try:
-            pair = source.read_lazy(index)
-            image = Image.fromarray(pair.image.reduced(ENOUGH))
+            pair = source[index]
+            caption = pair.captions()[0]
+            image = Image.fromarray(pair.image(ENOUGH))
         except BrokenPair:
             return None
-        return thumbnail(image, sanitize(pair.captions[0]))
+        return thumbnail(image, sanitize(caption))
 
     return at
 

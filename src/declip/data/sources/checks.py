@@ -34,7 +34,9 @@ def refuse_broken(source: PairSource, allowed: float) -> None:
     broken = SkipCounter()
     for index in range(len(source)):
         try:
-            source.read_lazy(index)
+            pair = source[index]
+            pair.captions()
+            pair.open()
         except BrokenPair as error:
             broken.add(error)
     broken.refuse(len(source), allowed, source.name)
@@ -52,7 +54,7 @@ def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[st
     texts = list[list[int]]()
     for index in evenly_spaced(source, ASKED):
         with suppress(BrokenPair):
-            for caption in source.captions(index):
+            for caption in source[index].captions():
                 texts.append([*tokenizer.word_ids(caption)])
     unknown_id = _unknown_id(tokenizer)
     unknown = sum(ids.count(unknown_id) for ids in texts) / max(1, sum(map(len, texts)))

@@ -2,17 +2,18 @@
 
 from abc import abstractmethod
 from contextlib import suppress
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 from PIL import Image
 
 from declip.data.images.decode import AnyImage, open_image
-from declip.data.pair import LazyImage, LazyPair, Origin, Pair, PairSource
+from declip.data.pair import LazyImage, Origin, Pair, PairSource
 
 
 class EntrySource(PairSource):
-    """Pairs that are located by number, then read as needed by key and entry; all methods may raise `BrokenPair`."""
+    """Pairs that are located by number, then read as needed by key and entry; the methods may raise `BrokenPair`."""
 
     @abstractmethod
     def entry(self, index: int) -> tuple[str, Any]:
@@ -27,25 +28,18 @@ class EntrySource(PairSource):
         """The image file, its bytes, or the image."""
 
     def __getitem__(self, index: int) -> Pair:
-        return self.read_lazy(index).decoded()
-
-    def read_lazy(self, index: int) -> LazyPair:
         key, entry = self.entry(index)
-        captions = self.texts(key, entry)
-        return LazyPair(key, open_image(self.content(key, entry), key), captions)
+        captions = partial(self.texts, key, entry)
+        opened = partial(self.opened, key, entry)
+        return Pair(key, captions, opened, partial(self.origin, key, entry))
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self.texts(*self.entry(index))
-
-    def key(self, index: int) -> str:
-        return self.entry(index)[0]
-
-    def lazy_image(self, index: int) -> LazyImage:
-        key, entry = self.entry(index)
+    def opened(self, key: str, entry: Any) -> LazyImage:
+        """The image, whose pixels are decoded on demand."""
         return open_image(self.content(key, entry), key)
 
-    def origin(self, index: int) -> Origin:
-        content = self.content(*self.entry(index))
+    def origin(self, key: str, entry: Any) -> Origin:
+        """Where the image is stored."""
+        content = self.content(key, entry)
         if isinstance(content, bytes):
             return Origin("", 0, len(content), blake2b(content, digest_size=16).hexdigest())
         if isinstance(content, Image.Image):

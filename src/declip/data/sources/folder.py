@@ -14,9 +14,9 @@ from PIL import Image, ImageFile, IptcImagePlugin
 from PIL.TiffImagePlugin import TiffImageFile
 
 from declip.data.images.decode import DAMAGE, EXTENSIONS, check_file, image_below, open_header
-from declip.data.pair import LONGEST_CAPTION, BrokenPair, clean_captions
+from declip.data.pair import LONGEST_CAPTION, BrokenPair, OnDemand, clean_captions
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.subset import NUMBER_OF, UNKNOWN, indices_by_split
+from declip.data.sources.subset import UNKNOWN, split_number
 from declip.errors import UserError
 
 LARGEST = 1 << 20  # bytes of XMP: titles and keywords take a few thousand
@@ -121,18 +121,14 @@ class FileList(EntrySource):
     def __len__(self) -> int:
         return len(self._keys)
 
-    def entry(self, index: int) -> tuple[str, Path]:
+    def entry(self, index: int) -> tuple[str, str]:
         raw = self._keys[index].as_py()
-        key = raw.decode(errors="replace")
-        return key, image_below(self.root, os.fsdecode(raw), key, follow=False)
+        return raw.decode(errors="replace"), os.fsdecode(raw)
 
-    def key(self, index: int) -> str:
-        return self._keys[index].as_py().decode(errors="replace")
+    def content(self, key: str, entry: str) -> Path:
+        return image_below(self.root, entry, key, follow=False)
 
-    def content(self, key: str, entry: Path) -> Path:
-        return entry
-
-    def texts(self, key: str, entry: Path) -> tuple[str, ...]:
+    def texts(self, key: str, entry: str) -> tuple[str, ...]:
         return ()
 
 
@@ -149,18 +145,20 @@ class FolderSource(FileList):
             raise UserError(
                 f"'{path}' has no image ({', '.join(EXTENSIONS)}). Give a folder with images, or a table."
             )
+        self.columns = OnDemand({"split": self._splits})
 
-    def splits(self) -> dict[str, np.ndarray]:
+    def _splits(self) -> np.ndarray:
         """Those of folders named train, val and test, if all images are in such folders."""
         folders = pc.list_element(pc.split_pattern(self._keys, b"/"), 0)
-        numbers = [
-            NUMBER_OF.get(name.lower().decode(errors="replace"), UNKNOWN)
-            for name in folders.to_pylist()
-        ]
-        return {} if UNKNOWN in numbers else indices_by_split(np.array(numbers))
+        names = [name.decode(errors="replace") for name in folders.to_pylist()]
+        numbers = np.array([split_number(name) for name in names], np.int64)
+        if UNKNOWN in numbers:
+            numbers[:] = UNKNOWN
+        return numbers
 
-    def texts(self, key: str, entry: Path) -> tuple[str, ...]:
-        path = entry.with_suffix(".txt")
+    def texts(self, key: str, entry: str) -> tuple[str, ...]:
+        image = self.content(key, entry)
+        path = image.with_suffix(".txt")
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a named pipe blocks on open
                 raise BrokenPair("missing caption", key, f"{path} is not a file")
@@ -175,7 +173,7 @@ class FolderSource(FileList):
             return clean_captions(content.decode("utf-8-sig").splitlines(), key)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and any(
-                captions := metadata_captions(entry, key)
+                captions := metadata_captions(image, key)
             ):
                 return clean_captions(captions, key)
             raise BrokenPair("missing caption", key, str(error)) from error

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.pair import BrokenPair, LazyPair, Origin, Pair, PairSource, is_unicode
+from declip.data.pair import BrokenPair, Origin, Pair, PairSource, is_unicode, raise_broken
 from declip.data.sources.folder import FolderSource
 from declip.data.sources.names import holds, names_shards
 from declip.data.sources.python_items import PREFIX, Items, ItemSource
@@ -49,7 +50,7 @@ def open_source(
         sources: Python objects that `spec`, or the list that it names, may name.
 
     Examples:
-        >>> open_source("pairs.csv")[0].captions
+        >>> open_source("pairs.csv")[0].captions()
         ('a red square',)
     """
     # --- objects and names
@@ -136,36 +137,33 @@ class ImageSource:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Pair:
-        """Read image `index`, perhaps without captions; raises `BrokenPair` if the image itself cannot be used."""
-        return self.read_lazy(index).decoded()
-
-    def read_lazy(self, index: int) -> LazyPair:
-        """As reading image `index`, decoded on demand; `BrokenPair` may be raised then."""
-        if self.captioned:
-            with suppress(BrokenPair):
-                return self.source.read_lazy(index)
-        return LazyPair(self.source.key(index), self.source.lazy_image(index), ())
-
-    def key(self, index: int) -> str:
-        """The key of image `index`, which may not be unique; characters that are not Unicode become "?"."""
+        """Image `index` as a pair whose captions, origin and key can be read whatever is wrong with the pair."""
         try:
-            key = self.source.key(index)
+            pair = self.source[index]
         except BrokenPair as broken:
-            key = broken.key
-        return key.encode(errors="replace").decode()
+            pair = Pair(broken.key, partial(raise_broken, broken), partial(raise_broken, broken))
+        return Pair(
+            # Not unique; characters that are not Unicode become "?"
+            pair.key.encode(errors="replace").decode(),
+            partial(_captions_of, pair) if self.captioned else tuple,
+            pair.open,
+            partial(_origin_of, pair),
+        )
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of image `index`; none if they cannot be used."""
-        with suppress(BrokenPair):
-            return self.source.captions(index) if self.captioned else ()
-        return ()
 
-    def origin(self, index: int) -> Origin:
-        """Where image `index` is stored; without a path if its name is not UTF-8, which no table can hold."""
-        with suppress(BrokenPair):
-            origin = self.source.origin(index)
-            return origin if is_unicode(origin.path) else origin._replace(path="")
-        return Origin()
+def _captions_of(pair: Pair) -> tuple[str, ...]:
+    """The captions; none if they cannot be used."""
+    with suppress(BrokenPair):
+        return pair.captions()
+    return ()
+
+
+def _origin_of(pair: Pair) -> Origin:
+    """Where the image is stored; without a path if its name is not UTF-8, which no table can hold."""
+    with suppress(BrokenPair):
+        origin = pair.origin()
+        return origin if is_unicode(origin.path) else origin._replace(path="")
+    return Origin()
 
 
 def open_images(spec: str | Path | PairSource | Items, columns: Columns = DEFAULT) -> ImageSource:

@@ -1,7 +1,8 @@
 """Pairs from a Python object: anything with `__len__` and `__getitem__`, such as a list or a dataset of torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +13,10 @@ from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns, MissingColumns
 from declip.data.images.decode import AnyImage, image_below, is_pixels
-from declip.data.pair import BrokenPair, Origin, printable
+from declip.data.pair import BrokenPair, OnDemand, Pair, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.rows import by_lower_name, cell_name, label_text
-from declip.data.sources.subset import COLUMN, NUMBER_OF, indices_by_split, split_numbers
+from declip.data.sources.subset import COLUMN, NUMBER_OF, split_numbers
 from declip.data.sources.table import Captions, find_columns, group_number, read_captions
 from declip.errors import UserError
 
@@ -61,46 +62,47 @@ class ItemSource(EntrySource):
         self._image = columns.image
         self._captions: Captions = {"": ("",)}  # of items that are not dicts
         item = self._first()
-        self._split = by_lower_name(list(item)).get(COLUMN) if _is_row(item) else None
+        numbers = dict[str, Callable[[], np.ndarray]]()
         if _is_row(item):
-            self.column_names = list(item)
-            self._image, self._captions, self.group_column = find_columns(
-                list(item), columns, self.name
-            )
+            names = list(item)
+            self._image, self._captions, group = find_columns(names, columns, self.name)
             self.captions_from = " | ".join(map(printable, self._captions))
+            self.cells = OnDemand({name: partial(self._texts, name) for name in names})
+            if group:
+                numbers["group"] = partial(self._groups, group)
+            if split := by_lower_name(names).get(COLUMN):
+                numbers["split"] = partial(self._splits, split)
         elif columns.group is not None:
             raise MissingColumns(self.name, [], {columns.group: "group"})
         classes, labels = getattr(items, "classes", None), getattr(items, "targets", None)
         if classes is not None and labels is not None and len(labels) == len(items):
-            self.class_names, self.labels = tuple(map(str, classes)), np.asarray(labels, np.int64)
+            self.class_names = tuple(map(str, classes))
+            numbers["label"] = partial(np.asarray, labels, np.int64)
+        self.columns = OnDemand(numbers)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def key(self, index: int) -> str:
-        return self.entry(index)[0] if self._listed else f"item {index}"
+    def __getitem__(self, index: int) -> Pair:
+        if self._listed:
+            return super().__getitem__(index)
+        # Reading an item may cost as much as its pixels: once, and not for the key.
+        entry = cache(partial(self.entry, index))
+        return Pair(f"item {index}", lambda: self.texts(*entry()), lambda: self.opened(*entry()))
 
-    def group(self, index: int) -> int:
-        return group_number(self._cell(index, self.group_column)) if self.group_column else 0
+    def _groups(self, column: str) -> np.ndarray:
+        return np.array([group_number(cell) for cell in self._column(column)], np.int64)
 
-    def column(self, name: str) -> list[tuple[str, ...]]:
-        if name not in self.column_names:
-            return super().column(name)
-        return [(label_text(self._cell(index, name)),) for index in range(len(self))]
-
-    def splits(self) -> dict[str, np.ndarray]:
-        """Those that the key "split" names; they would have to be read with the pixels where the items are no list."""
-        if self._split is None:
-            return {}
+    def _splits(self, column: str) -> np.ndarray:
+        """Those that a key names; they would have to be read with the pixels where the items are no list."""
         if not self._listed:
             remedy = "Pass a list of dicts, only those of the split 'train', or dicts without the key to train on all."
-            raise UserError(f"The items of the {self.name} have the key '{self._split}'. {remedy}")
-        cells = (self._cell(index, self._split) for index in range(len(self)))
-        names = pa.array(map(cell_name, cells), pa.string())
-        return indices_by_split(split_numbers(names, f"The key '{self._split}' of the {self.name}"))
+            raise UserError(f"The items of the {self.name} have the key '{column}'. {remedy}")
+        names = pa.array(map(cell_name, self._column(column)), pa.string())
+        return split_numbers(pa.chunked_array([names]), f"The key '{column}' of the {self.name}")
 
-    def origin(self, index: int) -> Origin:
-        return super().origin(index) if self._listed else Origin()
+    def _texts(self, column: str) -> list[tuple[str, ...]]:
+        return [(label_text(cell),) for cell in self._column(column)]
 
     def entry(self, index: int) -> tuple[str, tuple[Any, Mapping[str, Any]]]:
         """The key; the image and the cells of its captions by column."""
@@ -108,10 +110,8 @@ class ItemSource(EntrySource):
         if _is_row(item):
             item, cells = item.get(self._image), item
         elif isinstance(item, tuple | list) and len(item) == 2:
-            item, cells = (
-                item[0],
-                dict.fromkeys(chain.from_iterable(self._captions.values()), item[1]),
-            )
+            columns = chain.from_iterable(self._captions.values())
+            item, cells = item[0], dict.fromkeys(columns, item[1])
         if isinstance(item, str | Path) and self._listed:
             key = str(item)
         return key, (item, cells)
@@ -145,9 +145,13 @@ class ItemSource(EntrySource):
             reason, key, f"a {type(image).__name__}, not a PIL image, uint8 (H, W, 3) or path"
         )
 
-    def _cell(self, index: int, column: str) -> Any:
-        item = self._read(index)
-        return item.get(column) if isinstance(item, Mapping) else None
+    def _column(self, name: str) -> Iterator[Any]:
+        """The cell of each item, None where it has none or cannot be read."""
+        for index in range(len(self)):
+            item = None
+            with suppress(BrokenPair):
+                item = self._read(index)
+            yield item.get(name) if isinstance(item, Mapping) else None
 
     def _first(self) -> Any:
         for index in range(min(len(self), PEEKED_ITEMS)):

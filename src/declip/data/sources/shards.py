@@ -56,8 +56,6 @@ ShardEntry = tuple[Shard, Mapping[str, tuple[int, int]]]
 class ShardSource(EntrySource):
     """Pairs of tar shards: `KEY.jpg` (or another image), with `KEY.txt`, one caption, or `KEY.json`, or both."""
 
-    blocks: np.ndarray
-
     def __init__(self, word: str) -> None:
         self._word = word
         self._index_of = lru_cache(OPEN_INDICES)(self._opened_index)
@@ -66,13 +64,13 @@ class ShardSource(EntrySource):
             self.remote = any(shard.remote for shard in self._shards)
             if self.remote:
                 trim_cache(COPIES, keep=())
-            self.blocks = self._count()
+            self._sizes = self._count()
         except (UnreadableShard, OSError) as error:
             raise UserError(f"A shard cannot be read: {error}.") from error
         self.name = (
             self._shards[0].label if len(self._shards) == 1 else word.rstrip("/").rpartition("/")[2]
         )
-        self._ends = np.cumsum(self.blocks)
+        self._ends = np.cumsum(self._sizes)
         if not len(self):
             raise UserError(
                 f"'{word}' has no pair: KEY.jpg (.png …) with KEY.txt or KEY.json, where KEY has no dot."
@@ -90,7 +88,7 @@ class ShardSource(EntrySource):
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, "right"))
-        shard, row = self._shards[number], index - int(self._ends[number] - self.blocks[number])
+        shard, row = self._shards[number], index - int(self._ends[number] - self._sizes[number])
         where = f"{shard.label}, pair {row}"
         try:
             pairs = self._index_of(number)
@@ -100,7 +98,7 @@ class ShardSource(EntrySource):
             raise BrokenPair(
                 "missing in shard",
                 where,
-                f"{len(pairs):,} pairs instead of {self.blocks[number]:,}",
+                f"{len(pairs):,} pairs instead of {self._sizes[number]:,}",
             )
         key = pairs["key"][row].as_py().decode(errors="backslashreplace")  # not every name is UTF-8
         members = {
@@ -129,8 +127,11 @@ class ShardSource(EntrySource):
             raise BrokenPair("missing caption", key, "no .txt, and no .json with a caption")
         return clean_captions(captions, key)
 
-    def origin(self, index: int) -> Origin:
-        _, (shard, members) = self.entry(index)
+    def shards(self) -> np.ndarray:
+        return self._sizes
+
+    def origin(self, key: str, entry: ShardEntry) -> Origin:
+        shard, members = entry
         at, size = members.get("image", (0, 0))
         return Origin(shard.name, at, size, f"{shard.state[:16]}-{at}-{size}")
 

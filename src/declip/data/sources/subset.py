@@ -2,20 +2,21 @@
 
 import hashlib
 import json
-from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 
 from declip.data.columns import Columns
-from declip.data.pair import BrokenPair, LazyImage, LazyPair, Origin, Pair, PairSource, printable
+from declip.data.pair import BrokenPair, OnDemand, Pair, PairSource, printable
 from declip.data.sources.names import absolute, relative, resolve, stored_path
+from declip.data.sources.rows import cell_name
 from declip.errors import UserError
 from declip.io.atomic import write_text
 
@@ -27,64 +28,11 @@ SPLITS: Mapping[str, Sequence[str]] = {
     "test": ("test", "testing"),
 }
 NUMBER_OF = {name: number for number, names in enumerate(SPLITS.values()) for name in names}
-UNREADABLE, UNKNOWN = -1, -2
+UNREADABLE = -1  # in every split, since it is not known in which
+UNKNOWN = -2  # in none
 
 
-class DerivedSource(PairSource):
-    """Pairs that are read from other sources."""
-
-    @abstractmethod
-    def locate(self, index: int) -> tuple[PairSource, int]:
-        """The source of pair `index`, and its index there."""
-
-    def __getitem__(self, index: int) -> Pair:
-        source, inner = self.locate(index)
-        return source[inner]
-
-    def read_lazy(self, index: int) -> LazyPair:
-        source, inner = self.locate(index)
-        return source.read_lazy(inner)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        source, inner = self.locate(index)
-        return source.captions(inner)
-
-    def key(self, index: int) -> str:
-        source, inner = self.locate(index)
-        return source.key(inner)
-
-    def group(self, index: int) -> int:
-        source, inner = self.locate(index)
-        return source.group(inner)
-
-    def column(self, name: str) -> list[tuple[str, ...]]:
-        columns = dict[int, list[tuple[str, ...]]]()  # by source
-        cells = []
-        for index in range(len(self)):
-            source, inner = self.locate(index)
-            if id(source) not in columns:
-                columns[id(source)] = source.column(name)
-            cells.append(columns[id(source)][inner])
-        return cells
-
-    def other_columns(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        located = [self.locate(index) for index in indices]
-        sources = {
-            id(source): source for source, _ in located
-        }  # columns of several tables are not compared
-        inner = [index for _, index in located]
-        return next(iter(sources.values())).other_columns(inner) if len(sources) == 1 else {}
-
-    def lazy_image(self, index: int) -> LazyImage:
-        source, inner = self.locate(index)
-        return source.lazy_image(inner)
-
-    def origin(self, index: int) -> Origin:
-        source, inner = self.locate(index)
-        return source.origin(inner)
-
-
-class Subset(DerivedSource):
+class Subset(PairSource):
     """Some pairs of another source, by (n,) indices in a fixed order, rising where the source has shards."""
 
     def __init__(self, source: PairSource, indices: np.ndarray, name: str | None = None) -> None:
@@ -92,34 +40,31 @@ class Subset(DerivedSource):
         self.name = name or f"{source.name}[{len(indices)}]"
         self.credit = source.credit
         self.remote = source.remote
-        self.group_column = source.group_column
         self.captions_from = source.captions_from
-        self.column_names = source.column_names
+        self.class_names = source.class_names
+        self.columns = OnDemand({name: partial(self._column, name) for name in source.columns})
+        self.cells = OnDemand({name: partial(self._cells, name) for name in source.cells})
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def locate(self, index: int) -> tuple[PairSource, int]:
-        return self.source, int(self.indices[index])
+    def __getitem__(self, index: int) -> Pair:
+        return self.source[int(self.indices[index])]
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.source.columns[name][self.indices]
+
+    def _cells(self, name: str) -> list[tuple[str, ...]]:
+        cells = self.source.cells[name]
+        return [cells[index] for index in self.indices.tolist()]
+
+    def other_columns(self) -> dict[str, np.ndarray]:
+        columns = self.source.other_columns()
+        return {name: numbers[self.indices] for name, numbers in columns.items()}
 
     def shards(self) -> np.ndarray:
         ends = np.cumsum(self.source.shards())
         return np.bincount(np.searchsorted(ends, self.indices, "right"), None, len(ends))
-
-    def splits(self) -> dict[str, np.ndarray]:
-        splits = {
-            name: np.flatnonzero(np.isin(self.indices, indices))
-            for name, indices in self.source.splits().items()
-        }
-        # Unreadable pairs are in every split: a split of these alone is none.
-        return {
-            name: rows
-            for name, rows in splits.items()
-            if len(rows)
-            and not any(
-                len(other) > len(rows) and np.isin(rows, other).all() for other in splits.values()
-            )
-        }
 
 
 def take(source: PairSource, count: int, seed: int) -> Subset:
@@ -131,36 +76,47 @@ def take(source: PairSource, count: int, seed: int) -> Subset:
     return Subset(source, np.sort(np.random.default_rng((seed, size)).permutation(size)[:count]))
 
 
-class Joined(DerivedSource):
+class Joined(PairSource):
     """The pairs of several sources, one source after the other; an epoch shows those of a source given twice twice."""
 
     def __init__(self, sources: Sequence[PairSource]) -> None:
         self.sources = list(sources)
         self._ends = np.cumsum([len(source) for source in self.sources])
-        self.remote = any(source.remote for source in self.sources)
-        self.group_column = next(
-            (source.group_column for source in self.sources if source.group_column), None
-        )
-        self.credit = "; ".join(
-            dict.fromkeys(source.credit for source in self.sources if source.credit)
-        )
-        self.captions_from = "; ".join(
-            dict.fromkeys(filter(None, (each.captions_from for each in self.sources)))
-        )
         self.name = " + ".join(source.name for source in self.sources)
-        self.column_names = self.sources[0].column_names
+        self.remote = any(source.remote for source in self.sources)
+        self.credit = _listed(source.credit for source in self.sources)
+        self.captions_from = _listed(source.captions_from for source in self.sources)
+        if any("group" in source.columns for source in self.sources):
+            self.columns = OnDemand({"group": self._groups})
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def shards(self) -> np.ndarray:
-        return np.concatenate([source.shards() for source in self.sources])
-
-    def locate(self, index: int) -> tuple[PairSource, int]:
+    def __getitem__(self, index: int) -> Pair:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, "right"))
-        return self.sources[number], index - int(self._ends[number]) + len(self.sources[number])
+        source = self.sources[number]
+        first = int(self._ends[number]) - len(source)
+        return source[index - first]
+
+    def _groups(self) -> np.ndarray:
+        return np.concatenate([groups_of(source) for source in self.sources])
+
+    def shards(self) -> np.ndarray:
+        return np.concatenate([source.shards() for source in self.sources])
+
+
+def _listed(texts: Iterable[str]) -> str:
+    """Different texts in one line, without empty ones."""
+    return "; ".join(dict.fromkeys(filter(None, texts)))
+
+
+def groups_of(source: PairSource) -> np.ndarray:
+    """The group of each pair, (n,) int64: equal for pairs that show the same thing, 0 if unknown."""
+    if "group" in source.columns:
+        return source.columns["group"]
+    return np.zeros(len(source), np.int64)
 
 
 class PairList(NamedTuple):
@@ -189,7 +145,7 @@ class PairList(NamedTuple):
         keys = list[str]()
         for index in self.indices[:: max(1, len(self.indices) // 32)]:
             with suppress(BrokenPair):
-                keys.append(source.key(index))
+                keys.append(source[index].key)
         return hashlib.blake2b(
             "\n".join(keys).encode("utf-8", "surrogatepass"), digest_size=8
         ).hexdigest()
@@ -257,39 +213,54 @@ def read_pair_list(path: Path) -> PairList:
     )
 
 
-def split_numbers(cells: pa.Array | pa.ChunkedArray, where: str) -> np.ndarray | None:
-    """Map cells (n,) to numbers of `SPLITS`, `UNREADABLE` where a cell is null; None if no cell names a split."""
-    encoded = cells.dictionary_encode()
-    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-    names = encoded.dictionary.to_pylist()
-    number_of = np.array(
-        [NUMBER_OF.get(name.strip().lower(), UNKNOWN) for name in names] + [UNREADABLE]
-    )
-    if not (number_of >= 0).any():
-        return None
-    if (number_of == UNKNOWN).any():  # test pairs could be trained on
-        other = names[int((number_of == UNKNOWN).argmax())]
+def numbers_of(cells: pa.ChunkedArray, number_of: Callable[[Any], int], missing: int) -> np.ndarray:
+    """A number for each cell, (n,) int64: equal cells are looked at once; null and lists are `missing`."""
+    kind = cells.type
+    if pa.types.is_nested(kind):
+        return np.full(len(cells), missing, np.int64)
+    if pa.types.is_dictionary(kind):
+        cells = cells.cast(kind.value_type)
+    encoded = cells.dictionary_encode().combine_chunks()
+    numbers = [number_of(value) for value in encoded.dictionary.to_pylist()]
+    rows = encoded.indices.fill_null(len(numbers)).to_numpy(zero_copy_only=False)
+    return np.array([*numbers, missing], np.int64)[rows]
+
+
+def split_number(name: Any) -> int:
+    """The number of a split in `SPLITS` by its name in a folder or a cell; `UNKNOWN` for other names."""
+    return NUMBER_OF.get(str(name).strip().lower(), UNKNOWN)
+
+
+def split_numbers(cells: pa.ChunkedArray, where: str, missing: int = UNKNOWN) -> np.ndarray:
+    """The numbers of the splits that cells name, (n,) int64; all are `UNKNOWN` if none names one."""
+    numbers = numbers_of(cells, split_number, missing)
+    unknown = np.flatnonzero(numbers == UNKNOWN)
+    if not (numbers >= 0).any():
+        return np.full(len(numbers), UNKNOWN)
+    if len(unknown):  # test pairs could be trained on
+        other = printable(cell_name(cells[int(unknown[0])].as_py()))
         raise UserError(
-            f"{where} has '{printable(other)}'. Write {', '.join(SPLITS)} there, or rename the column."
+            f"{where} has '{other}'. Write {', '.join(SPLITS)} there, or rename the column."
         )
-    return number_of[encoded.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)]
+    return numbers
 
 
-def indices_by_split(numbers: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Rising indices of the pairs of each split that has some, by the pairs' numbers (n,); `UNREADABLE` is in each."""
-    masks = (
-        {} if numbers is None else {name: numbers == number for number, name in enumerate(SPLITS)}
-    )
-    return {
-        name: np.flatnonzero(where | (numbers == UNREADABLE))
-        for name, where in masks.items()
-        if where.any()
-    }
+def splits_of(source: PairSource) -> dict[str, np.ndarray]:
+    """Rising indices of the pairs of each split that has some; pairs with the number `UNREADABLE` are in each."""
+    numbers = source.columns.get("split")
+    if numbers is None:
+        return {}
+    splits = {}
+    for number, name in enumerate(SPLITS):
+        own = numbers == number
+        if own.any():
+            splits[name] = np.flatnonzero(own | (numbers == UNREADABLE))
+    return splits
 
 
 def training_part(source: PairSource) -> PairSource:
     """The pairs to train on: all, or those of the split "train" where the source has splits."""
-    splits = source.splits()
+    splits = splits_of(source)
     if splits and "train" not in splits:
         problem = f"'{source.name}' has no training pairs: its splits are {', '.join(splits)}."
         raise UserError(

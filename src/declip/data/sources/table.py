@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 
 from declip.data.columns import DEFAULT, Columns, Missing, MissingColumns
 from declip.data.images.decode import image_below
-from declip.data.pair import BrokenPair, as_texts, clean_captions, printable
+from declip.data.pair import BrokenPair, OnDemand, as_texts, clean_captions, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.names import holds, is_url, names_shards
 from declip.data.sources.rows import (
@@ -32,7 +33,7 @@ from declip.data.sources.rows import (
     label_names,
     label_text,
 )
-from declip.data.sources.subset import COLUMN, indices_by_split, split_numbers
+from declip.data.sources.subset import COLUMN, UNKNOWN, UNREADABLE, numbers_of, split_numbers
 from declip.errors import UserError
 from declip.io.cache import cached_table
 from declip.io.text import one_line
@@ -85,15 +86,14 @@ class TableSource(EntrySource):
         self._arguments = (path, columns)
         self.file = open_rows(path)
         path, names = self.file.path, self.file.columns
-        self.column_names = names
         self.name = path.name
         self.root = self.file.folder if columns.root is None else Path(columns.root).expanduser()
         self.confined = columns.root is not None
         if not self.root.is_dir():
             raise UserError(f"There is no folder '{self.root}', to which image paths are relative.")
-        image, self._captions, self.group_column = find_columns(names, columns, path)
+        image, self._captions, group = find_columns(names, columns, path)
         self.captions_from = " | ".join(map(printable, self._captions))
-        self._split = by_lower_name(names).get(COLUMN)
+        split = by_lower_name(names).get(COLUMN)
         # --- the columns, the image first, and the rows of each pair
         texts = [text for text, read in self._captions.items() if read == (text,) != (image,)]
         labels = [
@@ -104,7 +104,7 @@ class TableSource(EntrySource):
             if name != image
         ]
         self._label_names = {name: label_names(self.file, name) for name in (*texts, *labels)}
-        wanted = (image, *texts, *labels, self.group_column, self._split)
+        wanted = (image, *texts, *labels, group, split)
         self._columns = list(dict.fromkeys(filter(None, wanted)))
         schema, batches = self.file.read(self._columns, texts, labels)
         self.table = self._held("cells", [self._columns, texts, labels], schema, batches)
@@ -115,6 +115,17 @@ class TableSource(EntrySource):
         self._pairs = self._held("rows", [image, captioned], pairs, grouped)["rows"].chunk(0)
         if not len(self):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
+        # --- columns by pair
+        numbers = dict[str, Callable[[], np.ndarray]]()
+        if group:
+            numbers["group"] = partial(self._groups, group)
+        if split:
+            numbers["split"] = partial(self._splits, split)
+        self.columns = OnDemand(numbers)
+        count = Counter(names)
+        self.cells = OnDemand(
+            {name: partial(self._texts, name) for name in names if count[name] == 1}
+        )
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -132,34 +143,43 @@ class TableSource(EntrySource):
         path = None if is_bytes(image.type) else decoded(image, key)
         return path if path and isinstance(path, str) else key, rows
 
-    def cells(self, key: str, rows: list[int], column: str) -> list[Any]:
+    def read_cells(self, key: str, rows: list[int], column: str) -> list[Any]:
         """The cells that a pair's rows have in a column; raises `BrokenPair`."""
-        cells = self.table.column(self._columns.index(column))
+        cells = self._column(column)
         return [b"" if is_bytes(cells.type) else decoded(cells[row], key) for row in rows]
 
     def texts(self, key: str, rows: list[int]) -> tuple[str, ...]:
         def cell(row: int, column: str) -> Any:
-            (value,), names = self.cells(key, [row], column), self._label_names.get(column, ())
+            (value,), names = self.read_cells(key, [row], column), self._label_names.get(column, ())
             return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
         return read_captions(
             self._captions, [partial(cell, row) for row in rows], "unreadable row", key
         )
 
-    def group(self, index: int) -> int:
-        return (
-            group_number(self.cells(*self.entry(index), self.group_column)[0])
-            if self.group_column
-            else 0
-        )
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return self.table.column(self._columns.index(name))
 
-    def column(self, name: str) -> list[tuple[str, ...]]:
-        if list(self.column_names).count(name) != 1:
-            return super().column(name)
-        labels = label_names(self.file, name)
+    def _groups(self, column: str) -> np.ndarray:
+        """The group of each pair, by the cell of its first row."""
+        return numbers_of(self._column(column), group_number, 0)[self._first_rows()]
+
+    def _splits(self, column: str) -> np.ndarray:
+        """The split of each pair. A pair with rows in several is in the last: test before train."""
+        # In text files null is a row that cannot be read.
+        missing = UNKNOWN if isinstance(self.file, ParquetRows) else UNREADABLE
+        where = f"Column '{column}' of '{self.name}'"
+        numbers = split_numbers(self._column(column), where, missing)
+        rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
+        # (rows,) -> (pairs,)
+        return np.maximum.reduceat(numbers[rows], starts[:-1])
+
+    def _texts(self, column: str) -> list[tuple[str, ...]]:
+        """The different cells of each pair's rows."""
+        labels = label_names(self.file, column)
         cells = list[str]()
-        for batch in self.file.read([name], labels=[name])[1]:
-            for cell in batch[name].to_pylist():
+        for batch in self.file.read([column], labels=[column])[1]:
+            for cell in batch[column].to_pylist():
                 is_label = isinstance(cell, int) and 0 <= cell < len(labels)
                 cells.append(labels[cell] if is_label else label_text(cell))
         pairs = []
@@ -167,44 +187,25 @@ class TableSource(EntrySource):
             pairs.append(tuple(dict.fromkeys(cells[row] for row in rows)))
         return pairs
 
-    def other_columns(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        names = [
-            name
-            for name in self.file.columns
-            if [*self.file.columns, *self._columns].count(name) == 1
-        ]
+    def _first_rows(self) -> np.ndarray:
+        return self._pairs.flatten().to_numpy()[self._pairs.offsets.to_numpy()[:-1]]
+
+    def other_columns(self) -> dict[str, np.ndarray]:
+        names = [name for name in self.cells if name not in self._columns]
         if isinstance(self.file, ParquetRows):
             kinds = {name: self.file.arrow_schema.field(name).type for name in names}
             names = [
                 name for name, kind in kinds.items() if is_text(kind) or pa.types.is_integer(kind)
             ]
-        numbers: dict[str, list[int]] = {name: [] for name in names}
+        if not names:
+            return {}
+        first = self._first_rows()
         # These columns are not needed
         with suppress(UserError, pa.ArrowException, OSError, UnicodeDecodeError):
-            for batch in self.file.read(names)[1] if names else ():
-                for name in names:
-                    numbers[name] += map(group_number, batch[name].to_pylist())
-        rows = self._pairs.flatten().to_numpy()[self._pairs.offsets.to_numpy()[:-1][list(indices)]]
-        return {
-            name: np.array(cells)[rows]
-            for name, cells in numbers.items()
-            if len(cells) == len(self.table)
-        }
-
-    def splits(self) -> dict[str, np.ndarray]:
-        """Indices of the pairs of each split. A pair with rows in several is in the last: test before train."""
-        if self._split is None:
-            return {}
-        cells: Any = self.table.column(self._columns.index(self._split))
-        if isinstance(self.file, ParquetRows):
-            cells = pa.array(map(cell_name, cells.to_pylist()), pa.string())
-        if (
-            numbers := split_numbers(cells, f"Column '{self._split}' of '{self.name}'")
-        ) is not None:
-            rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
-            # (rows,) -> (pairs,)
-            numbers = np.maximum.reduceat(numbers[rows], starts[:-1])
-        return indices_by_split(numbers)
+            schema, batches = self.file.read(names)
+            table = pa.Table.from_batches(batches, schema)
+            return {name: numbers_of(table[name], group_number, 0)[first] for name in names}
+        return {}
 
     def content(self, key: str, rows: list[int]) -> Path | bytes:
         cell = self.table.column(0)[rows[0]]
