@@ -79,7 +79,7 @@ class Agreement(NamedTuple):
 def compare_captions(state: AppState) -> Agreement:
     """Compare each caption of an index with its image: by out-of-fold rank if there are any, else by cosine."""
     ranked = bool(state.ranks)
-    rows = [*_cosines(state)] if not ranked else [*_ranks(state)]
+    rows = [*_ranks(state)] if ranked else [*_cosines(state)]
     values = np.array([value for _, _, value in rows], np.float32)
     # --- the worst first, and the share that is listed
     order = np.argsort(-values if ranked else values, kind="stable")
@@ -241,8 +241,8 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
             rows.setdefault(row.id, pair)
     if not rows:
         raise UserError("The list is empty.")
-    beside = os.path.relpath(index.folder.resolve())
-    drop, rest = Path(f"{beside}.drop.jsonl"), Path(f"{beside}{LIST_KIND}")
+    folder = os.path.relpath(index.folder.resolve())
+    drop, rest = Path(f"{folder}.drop.jsonl"), Path(f"{folder}{LIST_KIND}")
     with state.reading:
         lines = [json.dumps(vars(rows[id])) + "\n" for id in sorted(rows)]
         write_text(drop, "".join(lines), HINT)

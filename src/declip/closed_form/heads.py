@@ -101,7 +101,9 @@ def choose_heads(
     of_start = None
     if start is not None:
         of_start = ranks_by(start, pairs, folds)
-        if keep_start:
+        if keep_start and some is pairs:
+            tried[START, 0.0] = of_start
+        elif keep_start:
             tried[START, 0.0] = ranks_by(start, some, own_folds)
     form, weight = best_candidate(tried, usual, START_CAUTION if embedded else CAUTION)
     if form == START:

@@ -177,9 +177,9 @@ def encode_source(
             f"Cannot evaluate on '{source.name}': none of its {len(source)} pairs could be read. "
             f"{skipped.explanation()} Check the paths and captions."
         )
-    read_indices, captions = zip(*rows, strict=True)
-    images = torch.cat(parts)
-    encoded = SourceFeatures(source.name, np.array(read_indices), images, captions, None, skipped)
+    read_indices = np.array([index for index, _ in rows])
+    captions = tuple(captions for _, captions in rows)
+    encoded = SourceFeatures(source.name, read_indices, torch.cat(parts), captions, None, skipped)
     return _with_texts(model, encoded, how) if texts else encoded
 
 

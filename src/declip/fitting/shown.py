@@ -19,8 +19,8 @@ def compared_queries(fitted: Fitted, image_of: Thumbnails) -> dict[str, Any]:
     """Captions that were left out, with the image that came first by the start, and by the fit.
 
     "counts" of all captions by `OUTCOMES`, and "shown": some at random, of each outcome about its
-    part. Without a start, or where it stays, the images before are those of now. Empty if
-    nothing was measured.
+    part. Without a start, or where it stays, the images before are the same. Empty if nothing
+    was measured.
     """
     choice, features = fitted.choice, fitted.features
     now = choice.outcome

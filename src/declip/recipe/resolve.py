@@ -9,7 +9,7 @@ from declip.recipe.schema import ImageTowerConfig, LogitScale, Recipe, TextTower
 
 DROP_RATES = ("drop_rate", "drop_path_rate")  # ends of the names of timm's arguments
 USER_IMAGE = ("size", "mean", "std", "interpolation", "crop_pct")
-"""Keys of preprocessing that a user may set beside weights."""
+"""Keys of preprocessing that a user may set although weights have them."""
 
 
 LoadedWeights = Any

@@ -277,6 +277,10 @@ def test_rows_of_one_group_share_a_number(tmp_path, kind):
     other = open_source(path).other_columns()
     assert {name: numbers.tolist() for name, numbers in other.items()} == {"product": found}
     assert source.other_columns() == {}
+    changed = open_source(path)
+    write(path, rows[:2], ("image", "caption", "product"))
+    assert changed.other_columns() == {}, "the file has other rows than when it was opened"
+    write(path, rows, ("image", "caption", "product"))
     (row,) = (part := take(open_source(path), 1, 0)).indices
     assert part.other_columns()["product"].tolist() == [found[row]]
     assert "data.columns.group" in message(path, Columns(group="produkt"))

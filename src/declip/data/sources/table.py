@@ -204,6 +204,8 @@ class TableSource(EntrySource):
         with suppress(UserError, pa.ArrowException, OSError, UnicodeDecodeError):
             schema, batches = self.file.read(names)
             table = pa.Table.from_batches(batches, schema)
+            if len(table) != len(self.table):  # the file has changed since it was opened
+                return {}
             return {name: numbers_of(table[name], group_number, 0)[first] for name in names}
         return {}
 
