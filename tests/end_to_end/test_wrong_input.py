@@ -145,6 +145,24 @@ WITHOUT_TORCH = {
     "evaluate . --dataset no.csv": "no.csv",
     "classify . --model builtin:lite0-minilm": "classify MODEL",
     "train clip --epochs 3": "train.epochs",
+    "train clip --data . --out others": "'others'",
+    "finetune . --out others": "'others'",
+    "finetune . --out fit": "already holds a fit",
+    "evaluate . --dataset . --shots 2": "--task few-shot",
+    "export . --format onnxx --out x": "'onnxx'",
+    "export . --format onnx --out others": "--overwrite",
+    "compare clip --pairs 8 --out others": "'others'",
+    "search nowhere a": "'nowhere'",
+    "search others a --weights 1": "--weights",
+    "search others a --out taken.csv": "--overwrite",
+    "index show nowhere": "'nowhere'",
+    "embed . . --out others": "--out",
+    "choose . . --out taken.csv": "--overwrite",
+    "choose . . --out x.csv --index others": "--index",
+    "classify . . --classes a,b --out taken.csv": "--overwrite",
+    "classify . . --head nowhere": "'nowhere'",
+    "app . . --index others": "--index",
+    "app . . --caption x.txt": "--caption",
 }
 """Command → what its error names. None needs torch, whose import takes seconds."""
 
@@ -216,6 +234,9 @@ def test_a_mistake_names_the_rank(declip, monkeypatch):
 
 
 def test_wrong_arguments_are_answered_without_torch_and_libraries_stay_silent(tmp_path):
+    for name in ("others/report.html", "fit/heads.safetensors", "taken.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     words = [sys.executable, "-c", ONE_BY_ONE, *WITHOUT_TORCH]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     lines = done.stderr.splitlines()

@@ -290,7 +290,7 @@ def test_wrong_words_and_folders_in_use(tmp_path):
     (tmp_path / "out").mkdir()
     declip.export(model, "safetensors", tmp_path / "out")
     (tmp_path / "out" / "more.txt").write_text("mine")
-    refuses(r"or not empty.*--overwrite", declip.export, model, "safetensors", tmp_path / "out")
+    refuses(r"has other files.*--overwrite", declip.export, model, "safetensors", tmp_path / "out")
     refuses("'more.txt'", declip.export, model, "safetensors", tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "more.txt").read_text() == "mine"
     (tmp_path / "out" / "more.txt").unlink()
@@ -309,7 +309,9 @@ def test_wrong_words_and_folders_in_use(tmp_path):
             overwrite=True,
         )
     (tmp_path / "file").write_text("mine")
-    refuses("is a file", declip.export, model, "safetensors", tmp_path / "file", overwrite=True)
+    refuses(
+        "is not a folder", declip.export, model, "safetensors", tmp_path / "file", overwrite=True
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="/dev/full")

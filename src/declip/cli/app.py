@@ -4,7 +4,7 @@ import errno
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -15,6 +15,7 @@ from declip.cli.options import Command, Model, Overrides, console, fail, file, s
 from declip.cli.search import choose, classify, embed, index, search, serve
 from declip.cli.train import compare, evaluate, finetune, train
 from declip.errors import UserError
+from declip.io.outputs import check_export
 
 recipes = typer.Typer(help="List the shipped recipes, or show one with all its keys.")
 
@@ -83,7 +84,10 @@ def remove_cached(
 
 def export(
     model: Model,
-    format: Annotated[str, Option("--format", help="open_clip, huggingface, onnx or safetensors")],
+    format: Annotated[
+        Literal["open_clip", "huggingface", "onnx", "safetensors"],
+        Option(metavar="FORMAT", help="open_clip, huggingface, onnx or safetensors"),
+    ],
     out: Annotated[Path, file("folder to write", metavar="DIR")],
     license: Annotated[
         str, Option(help="license for the model card, such as mit")
@@ -94,6 +98,7 @@ def export(
     overwrite: Annotated[bool, Option("--overwrite", help="replace an existing export")] = False,
 ) -> None:
     """Export a model to a format of another library or to declip's (safetensors), with a model card."""
+    check_export(out, overwrite)
     from declip.interchange.export import export as run_export
 
     exported = run_export(model, format, out, license=license, overwrite=overwrite, repo=repo)

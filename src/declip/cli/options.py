@@ -19,12 +19,13 @@ from typer.core import TyperCommand
 
 from declip.data.columns import Columns, MissingColumns
 from declip.errors import UserError
-from declip.io.outputs import output_file
+from declip.io.outputs import check_folder, output_file
 from declip.recipe.starts import check_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+INDEX_FILE = "index.json"  # as `declip.search.info` names it
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 PIPE_WIDTH = 10_000  # columns of output to a file or a pipe, so that lines of tables are not broken
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -38,6 +39,17 @@ def expand(path: str) -> Path:
 def file(help: str, *names: str, metavar: str = "FILE") -> Any:
     """Declare an option that takes a path."""
     return Option(*names, parser=expand, metavar=metavar, help=help)
+
+
+def folder(help: str, marker: str) -> Any:
+    """Declare an option for a folder to write: a new one, or one with the file `marker`."""
+
+    def check(param: typer.CallbackParam, given: Path | None) -> Path | None:
+        if given is not None:
+            check_folder(given, marker, remedy=f"Choose another {param.opts[0]}.")
+        return given
+
+    return Option(parser=expand, callback=check, metavar="DIR", help=help)
 
 
 def existing(param: typer.CallbackParam, given: Any) -> Any:
@@ -108,7 +120,7 @@ SheetOut = Annotated[
 Overwrite = Annotated[bool, Option("--overwrite", help="replace files that exist")]
 IndexFolder = Annotated[
     Path | None,
-    file("folder of the index; default: in indices/, named after the source", metavar="DIR"),
+    folder("folder of the index; default: in indices/, named after the source", INDEX_FILE),
 ]
 READING: dict[str, tuple[Any, Any]] = {
     "batch_size": (BatchSize, 256),

@@ -45,7 +45,7 @@ Folder = Annotated[Path, Argument(**INDEX)]
 def embed(
     model: opt.Model,
     source: opt.Source,
-    out: Annotated[Path, file("folder of the index", metavar="DIR")],
+    out: Annotated[Path, opt.folder("folder of the index", opt.INDEX_FILE)],
     captions: Annotated[
         bool, Option("--captions", help="also store a vector of the captions of each image")
     ] = False,
@@ -109,9 +109,8 @@ def search(
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Search an index by a text, an image, or both."""
-    from declip.search.checks import parse_where
-    from declip.search.index import Index
-    from declip.search.info import is_index
+    from declip.search.checks import parse_where, read_query
+    from declip.search.info import IndexInfo, is_index
 
     # --- checks
     table = None if out is None else csv_path(out)
@@ -125,10 +124,14 @@ def search(
     both = _two_numbers(weights)
     if why and not text:
         raise UserError("--why explains what an image shares with a text. Give a text.")
+    IndexInfo.read(folder)
+    query, picture = read_query(text, image, both)
     # --- search
+    from declip.search.index import Index
+
     opened = Index.open(folder, model=model, source=source, device=device, precision=precision)
     shown: dict[str, Any] = {"where": wanted, "group": group, "copies": copies}
-    hits = opened.search(text, image, weights=both, template=template, k=k, over=over, **shown)
+    hits = opened.search(query, picture, weights=both, template=template, k=k, over=over, **shown)
     if why and text:
         hits = opened.explain(text, hits)
     _print_hits(hits, group)
@@ -137,22 +140,19 @@ def search(
         _write_hits(table, hits, overwrite)
         say(f"Written: {table}")
     if json_out is not None:
-        query = {
+        asked = {
             "index": str(folder),
             "text": text,
             "image": None if image is None else str(image),
             "weights": both,
         }
-        result = result_json(
-            {**query, **shown, "over": over, "hits": [hit.to_dict() for hit in hits]}
-        )
+        found = [hit.to_dict() for hit in hits]
+        result = result_json({**asked, **shown, "over": over, "hits": found})
         say(f"Written: {write_output(json_out, result, '--json', overwrite)}")
     if sheet_out is not None:
-        from declip.data.images.decode import read_picture
         from declip.reports.sheets import search_sheet
 
-        title = text or f"like {image.name if image else ''}"
-        picture = None if image is None else read_picture(image)
+        title = query or f"like {image.name if image else ''}"
         sheet = search_sheet(opened, hits, title, picture)
         write_image(sheet_out, sheet, "--contact-sheet", overwrite)
 
@@ -214,6 +214,8 @@ def serve(
     """Open a model and its pairs in a browser: classify, search, find wrong pairs, caption images."""
     for name in ("starlette", "uvicorn"):
         check_installed(name, "app", "The app")
+    if caption is not None:
+        csv_path(caption, "--caption")
     from declip.app import server
 
     errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -235,6 +237,9 @@ def serve(
 @index.command()
 def show(folder: Folder) -> None:
     """Show the contents of an index, its model, and the images that were skipped."""
+    from declip.search.info import IndexInfo
+
+    IndexInfo.read(folder)
     from declip.search.index import Index
 
     opened = Index.open(folder)
@@ -249,7 +254,7 @@ def from_parquet(
         list[str], Argument(callback=existing, help="Parquet files, their folder, or a pattern")
     ],
     model: Annotated[str, Option(callback=known, help="the model that made the vectors")],
-    out: Annotated[Path, file("folder of the index", metavar="DIR")],
+    out: Annotated[Path, opt.folder("folder of the index", opt.INDEX_FILE)],
     dtype: Annotated[
         Literal["float16", "float32"], Option(help="type of the stored vectors")
     ] = "float16",
@@ -295,7 +300,7 @@ def choose(
     reading: dict[str, Any],
 ) -> None:
     """Choose the images that you should caption next, by their features; the most useful come first."""
-    check_outputs((png_path(sheet_out, "--contact-sheet"),), overwrite)
+    check_outputs((csv_path(out), png_path(sheet_out, "--contact-sheet")), overwrite)
     from declip.search.choose import choose as run_choice
 
     choosing: dict[str, Any] = {
@@ -366,12 +371,15 @@ def classify(
             f"--group-column {group_column} is a column of the examples. Give --examples TABLE."
         )
     reading["columns"] = replace(reading["columns"], group=group_column)
+    from declip.search.checks import check_classes
+
+    names = check_classes(classes, examples, head, out, overwrite)
     from declip.search.classify import classify as run_classification
 
     fitted: dict[str, Any] = {"examples": examples, "head": head, "label_column": label_column}
     fitted |= {"templates": templates, "out": out, "overwrite": overwrite}
     fitted["on_prediction"] = _print if out is None else None
-    result = run_classification(model, images, classes, **fitted, **reading)
+    result = run_classification(model, images, names, **fitted, **reading)
     if result.classifier is not None:
         typer.echo(result.classifier.summary(), err=True)
         if save is not None:

@@ -38,8 +38,12 @@ def train(
     """Train a model as a recipe describes, evaluate it, and write a report."""
     from declip.recipe.checks import load_for_training
     from declip.recipe.load import parse_overrides
+    from declip.runs.existing import check_run_folder
 
     loaded = load_for_training(recipe, parse_overrides(overrides or []), data, val or (), resume)
+    folder = out or Path("runs") / loaded.name
+    if not dry_run:
+        check_run_folder(folder, resume)
     from declip import api
 
     if dry_run:
@@ -47,7 +51,7 @@ def train(
 
         say(estimate(loaded, api.terms_of(terms)))
         return
-    run = api.train(loaded, out=out, resume=resume, progress=progress, terms=terms)
+    run = api.train(loaded, out=folder, resume=resume, progress=progress, terms=terms)
     leave_unless_finished(run)
     _print_results(run)
     say(f"Report: {run.report}")
@@ -119,14 +123,17 @@ def finetune(
     progress: opt.Progress = True,
 ) -> None:
     """Fine-tune pretrained weights on your pairs, write a report, and export the model."""
-    from declip.finetuning.request import Request
+    from declip.finetuning.request import FINETUNED, Request
     from declip.recipe.load import parse_overrides
+    from declip.runs.existing import check_run_folder
 
     given = parse_overrides(overrides or [])
     request = Request.of(pairs, weights, given, val or (), keep or (), freeze)
+    folder = out or FINETUNED
+    check_run_folder(folder, resume)
     from declip.finetuning.run import run_request
 
-    run = run_request(request, out, resume, progress)
+    run = run_request(request, folder, resume, progress)
     leave_unless_finished(run)
     _print_finetuned(run)
 
@@ -195,14 +202,15 @@ def evaluate(
     reading: dict[str, Any],
 ) -> None:
     """Evaluate a model on held-out images."""
+    from declip.recipe.checks import check_tasks
+
     check_outputs((json_out,), overwrite)
+    check_tasks((task,), shots, templates)
     from declip.api import evaluate_sets
     from declip.evaluation.protocols import PREFIX, Options
-    from declip.recipe.checks import check_tasks
     from declip.reports.page import rich_table
     from declip.reports.tables import results_table
 
-    check_tasks((task,), shots, templates)
     how: dict[str, Any] = {"device": reading.pop("device"), "precision": precision}
     columns = reading.pop("columns")
     options = Options(templates=templates, shots=shots or [4], **reading)
@@ -254,7 +262,7 @@ def compare(
         int, Option(min=1, help="runs per recipe and number of pairs, with seeds 0, 1 …")
     ] = 3,
     out: Annotated[
-        Path | None, file("folder of the comparison; default: runs/compare", metavar="DIR")
+        Path | None, opt.folder("folder of the comparison; default: runs/compare", "study.json")
     ] = None,
     datasets: Annotated[
         opt.Several, opt.source("default: the sets of the recipe; repeatable", "--dataset")

@@ -30,6 +30,7 @@ from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.protocols import Options, check_dataset, evaluate_all
 from declip.io.atomic import file_lock, write_text
+from declip.io.outputs import check_folder
 from declip.io.progress import progress_bar, status
 from declip.supervision.objective import active_terms
 from declip.training.assemble import assemble
@@ -142,17 +143,13 @@ def check(study: Study) -> None:
 
 def open_folder(study: Study, folder: Path, progress: bool = False) -> Study:
     """Create the folder of a study, or add the study to the comparison in it; at equal compute, time what is new."""
+    check_folder(folder, STUDY)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"Cannot create '{folder}': {error.strerror}. Choose another folder with --out."
         ) from error
-    others = any(path.name[0] != "." for path in folder.iterdir())
-    if others and not (folder / STUDY).exists():
-        raise UserError(
-            f"'{folder}' is not empty and has no comparison. Choose another folder with --out."
-        )
     with file_lock(folder / ".plan.lock"):
         study = extend_study(study, folder)
         study.check_names()

@@ -8,6 +8,8 @@ from typing import Any, Self
 from declip.data.sources.names import absolute
 from declip.recipe.finetuning import read_overrides
 
+FINETUNED = Path("runs") / "finetune"
+
 
 @dataclass(frozen=True)
 class Request:

@@ -18,10 +18,10 @@ from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.held_out import HeldOutSets
 from declip.finetuning import outputs
-from declip.finetuning.request import Request
+from declip.finetuning.request import FINETUNED, Request
 from declip.finetuning.split import Split, choose_pairs, open_lists, pairs_of
 from declip.finetuning.wise_ft import mix_with_start
-from declip.fitting.run import FitTask, refuse_other_files, run_fit
+from declip.fitting.run import FitTask, run_fit
 from declip.inspection.split import check_copies
 from declip.interchange import starter
 from declip.interchange.fitted import read_heads
@@ -35,8 +35,9 @@ from declip.recipe.load import load_recipe
 from declip.recipe.resolve import Facts, resolve
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS
+from declip.runs.existing import RECIPE, check_run_folder, moved_lists
 from declip.runs.fitted import FittedRun, is_fitted
-from declip.runs.folder import LOCK, RECIPE, Run, existing_run, lock_folder, log, moved_lists
+from declip.runs.folder import LOCK, Run, lock_folder, log
 from declip.training import distributed
 from declip.training.assemble import assemble, held_out_sets
 from declip.training.distributed import HostGroup
@@ -44,7 +45,6 @@ from declip.training.pairs import open_training_source
 from declip.training.state import NOTHING_PREPARED, Extensions, Prepared
 from declip.training.trainer import Trainer
 
-FINETUNED = Path("runs") / "finetune"
 ANY_PAIRS = 1_000  # a number of pairs to check keys with, before the pairs are read
 
 
@@ -86,19 +86,20 @@ def finetune(
     held_out = held_out_sets(val)
     (source, *sets), sources = name_sources(pairs, *held_out, *held_out_sets(keep))
     val_sets, kept_sets = sets[: len(held_out)], sets[len(held_out) :]
+    folder = FINETUNED if out is None else Path(out).expanduser()
+    check_run_folder(folder, resume)
     request = Request.of(source, folder_or_name(weights), overrides, val_sets, kept_sets, freeze)
-    return run_request(request, out, resume, progress, sources)
+    return run_request(request, folder, resume, progress, sources)
 
 
 def run_request(
     request: Request,
-    out: str | Path | None,
+    folder: Path,
     resume: bool,
     progress: bool,
     sources: Sources = NO_SOURCES,
 ) -> Run | FittedRun:
     """Fine-tune as `finetune` does; `sources` are the Python objects that the request names."""
-    folder = FINETUNED if out is None else Path(out).expanduser()
     hosts = distributed.init_distributed(request.keys.get("train.device", "auto"))[1]
     start = Start(request)
     # Heads are fitted by rank 0 alone, in seconds
@@ -163,12 +164,11 @@ def _fit_heads(
 ) -> FittedRun | None:
     """Fit heads between frozen towers, if that is what was asked for."""
     if is_fitted(folder):
-        return _finished_fit(start.request, folder, resume)
+        return _finished_fit(start.request, folder)
     if resume and (folder / RECIPE).is_file():
         return None  # a run that trained towers continues
     if not start.closed:
         return None
-    refuse_other_files(folder)
     request, held_out = start.request, HeldOutSets(start.checked, sources)
     opened = open_source(request.pairs, Columns.of(start.checked.data), sources)
     val, splits = request.val, splits_of(opened)
@@ -192,13 +192,11 @@ def _fit_heads(
     return run_fit(FitTask(recipe, start.weights, source, held_out, progress), folder)
 
 
-def _finished_fit(request: Request, folder: Path, resume: bool) -> FittedRun:
+def _finished_fit(request: Request, folder: Path) -> FittedRun:
     """The fit that a folder has; raises `UserError` if another one was asked for."""
     heads = read_heads(str(folder))
     asked = {"PAIRS": request.pairs, "--from": request.weights}
     known = {"PAIRS": heads.recipe.data.source, "--from": heads.base}
-    if not resume:
-        raise UserError(f"'{folder}' already holds a fit. Choose another --out.")
     for option, name in asked.items():
         if name is not None and absolute(name) != absolute(str(known[option])):
             raise UserError(
@@ -216,7 +214,7 @@ def _train_towers(
     with ExitStack() as held:
         prepared = NOTHING_PREPARED
         # --- the recipe; rank 0 alone writes, and only into a folder that it holds
-        hosts.on_rank_zero(partial(held.enter_context, lock_run_folder(folder, resume)))
+        hosts.on_rank_zero(partial(held.enter_context, lock_run_folder(folder)))
         if resume and (folder / RECIPE).is_file():
             recipe = moved_lists(load_recipe(folder / RECIPE, request.keys), folder)
             hosts.on_rank_zero(partial(_refuse_others, recipe, request))
@@ -250,13 +248,11 @@ def _train_towers(
 
 
 @contextmanager
-def lock_run_folder(folder: Path, resume: bool) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """Lock a run folder; new folders are removed again if no run began in them."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     with closing(lock_folder(folder)):
         try:
-            if (folder / RECIPE).exists() and not resume:
-                raise existing_run(folder)
             yield
         finally:
             if new and not (folder / RECIPE).exists():

@@ -28,6 +28,7 @@ from declip.interchange.format import Traced
 from declip.interchange.timm_weights import class_start
 from declip.interchange.weights import Weights
 from declip.io.atomic import atomic_write, write_text
+from declip.io.outputs import check_folder
 from declip.models.device import computes_bf16, pick_device
 from declip.models.fingerprint import fingerprint
 from declip.recipe.schema import Recipe
@@ -46,7 +47,6 @@ from declip.runs.fitted import (
 
 ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of the fitted heads that are tried
 LEFT_OUT = "left-out pairs"  # the set of cross-validation in the scores of a mixture
-HINT = "Choose another --out."
 
 log = logging.getLogger("declip")
 
@@ -188,24 +188,11 @@ def _scores(fitted: Fitted, task: FitTask) -> dict[str, float]:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder that is renamed to `folder`, which must not exist or be empty, at the end."""
-    refuse_other_files(folder)
+    check_folder(folder)
     with atomic_write(folder, "choose another folder with --out") as partial:
         partial.mkdir()
         yield partial
-        refuse_other_files(folder)  # another process may have finished meanwhile
-
-
-def refuse_other_files(folder: Path) -> None:
-    """Raise a `UserError` if a folder has files."""
-    if not folder.is_dir():
-        if folder.exists():
-            raise UserError(f"'{folder}' is not a folder. {HINT}")
-        return
-    if (folder / HEADS).is_file():
-        raise UserError(f"'{folder}' already holds a fit. {HINT}")
-    others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
-    if others:
-        raise UserError(f"'{folder}' has other files, such as '{others[0]}'. {HINT}")
+        check_folder(folder)  # another process may have finished meanwhile
 
 
 def _write(

@@ -13,7 +13,6 @@ from declip.interchange.format import Format, Traced, render
 from declip.interchange.hub import HUB_PREFIXES
 from declip.recipe.schema import Recipe
 
-CARD = "README.md"
 NO_LICENSE = "unknown: set it"
 IDENTIFIER = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9.]+)*", re.IGNORECASE)
 """License identifiers of the Hub, such as "mit" or "cc-by-4.0"; any other license is "other" with a name."""

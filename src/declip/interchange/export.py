@@ -15,7 +15,7 @@ from torch import Tensor
 
 from declip.errors import UserError, unknown
 from declip.evaluation.encode import eval_mode
-from declip.interchange.card import CARD, NO_LICENSE, model_card, without_folders
+from declip.interchange.card import NO_LICENSE, model_card, without_folders
 from declip.interchange.declip_file import DeclipFile
 from declip.interchange.format import Format, Refusal, Traced
 from declip.interchange.huggingface import Huggingface
@@ -24,6 +24,7 @@ from declip.interchange.open_clip import OpenClip
 from declip.interchange.read import folder_or_name, read
 from declip.interchange.run_folder import has_checkpoint, read_checkpoint
 from declip.io.atomic import atomic_write
+from declip.io.outputs import CARD, check_export
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.neighbors import NeighborProjection
@@ -169,16 +170,7 @@ def _is_float32_on_cpu(model: DualEncoder) -> bool:
 @contextmanager
 def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder that replaces `out` when the block succeeds; nothing is left otherwise."""
-    card = out / CARD
-    old = out.is_dir() and any(out.iterdir())
-    if out.is_file() or (old and not overwrite):
-        raise UserError(
-            f"'{out}' is a file, or not empty. Give another --out, or --overwrite to replace an export."
-        )
-    if old and not (card.is_file() and b"written by declip" in card.read_bytes()):
-        raise UserError(
-            f"'{out}' is not an export, so --overwrite does not replace it. Give another --out."
-        )
+    check_export(out, overwrite)
     try:
         with atomic_write(out, "give another folder as --out") as folder:
             folder.mkdir()

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import declip
 from declip.errors import UserError
 from declip.io.atomic import atomic_write
 
+CARD = "README.md"  # of an export
 CHOSEN = ("image", "caption", "coverage")  # columns of `declip choose`
 CLASSIFIED = ("image", "class", "probability")  # first columns of `declip classify`
 
@@ -33,6 +34,35 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise UserError(
             f"'{path}' exists. Give another name, or --overwrite (in Python overwrite=True)."
         )
+
+
+def check_folder(
+    folder: Path,
+    marker: str = "",
+    ignored: Collection[str] = (),
+    remedy: str = "Choose another --out.",
+) -> None:
+    """Refuse a path that is not a folder, and a folder with files unless one is `marker`; a new one passes."""
+    # os.path, because a path that is too long makes pathlib raise
+    if not os.path.exists(folder):
+        return
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is not a folder. {remedy}")
+    names = {path.name for path in folder.iterdir() if path.name[0] != "."}
+    others = names.difference(ignored)
+    if others and marker not in others:
+        raise UserError(f"'{folder}' has other files, such as '{min(others)}'. {remedy}")
+
+
+def check_export(out: Path, overwrite: bool) -> None:
+    """Refuse a folder with files; with `overwrite` an export may be replaced."""
+    remedy = "Give another --out, or --overwrite to replace an export."
+    card = out / CARD
+    if overwrite and os.path.isfile(card) and b"written by declip" in card.read_bytes():
+        return
+    if overwrite:
+        remedy = "It is not an export, so --overwrite does not replace it. Give another --out."
+    check_folder(out, remedy=remedy)
 
 
 def png_path(given: Path | None, option: str) -> Path | None:

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from declip.errors import UserError
 from declip.evaluation.results import Result, read_result
 from declip.io.text import one_line
+from declip.runs.existing import HEADS
 from declip.runs.folder import read_json
 
-HEADS = "heads.safetensors"  # the two matrices, and in its metadata what they were fitted to
 MEASURES = "cross_validation.json"
 RANKS = "out_of_fold.csv"  # of each caption
 KNOWN = "neighbors.csv"  # the pairs and classes that images and captions are compared with

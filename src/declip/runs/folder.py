@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from declip.data.pair import printable
-from declip.data.sources.subset import LIST_KIND, NO_LISTS, Lists, read_pair_list, write_pair_list
+from declip.data.sources.subset import NO_LISTS, Lists, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.results import Result, read_result
 from declip.io.atomic import write_text
+from declip.io.outputs import check_folder
 from declip.models.hf_encoder import ENTRY, TextEncoder
 from declip.models.wrapped import WrappedModel, encoder_kept_in
-from declip.recipe.load import flat, load_recipe
+from declip.recipe.load import flat
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
+from declip.runs.existing import RECIPE, SPLIT, existing_run, read_recipe
 
-RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SKIPPED = "skipped.json"
@@ -37,10 +37,6 @@ TRACKING = "tracking.json"  # ids of the run in the trackers of train.report_to
 MIXTURE, MIXED = "mixture.json", "mixed.safetensors"  # of a fine-tuning, see `declip.finetuning`
 LOCK = ".lock"
 KEPT = "start.safetensors"  # pretrained weights that a run started from, for resuming and for interpolation
-SPLIT = (
-    "train.pairs",
-    "val.pairs",
-)  # lists of the parts that `declip finetune` splits its pairs into
 # Recipe keys that may differ when a run is resumed, because they change no number
 CHANGEABLE = (
     *("name", "data.workers", "data.max_broken_fraction", "train.device"),
@@ -188,16 +184,11 @@ def read_run(folder: str | Path) -> Run:
 def lock_folder(folder: Path) -> FileIO:
     """Create the run folder and lock it for this process, until the returned file is closed or the process ends.
 
-    A folder that has other files and no run is refused: a run among photographs could not be told apart from them.
+    A folder with other files is refused: a run among photographs could not be told apart from them.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Lists of a split are written before the recipe, and may be left by a process that was killed in between.
-        names = sorted(path.name for path in folder.iterdir())
-        others = [name for name in names if name not in SPLIT and name[0] != "."]
-        if others and RECIPE not in others:
-            problem = f"'{folder}' is not a run folder and has other files, such as '{others[0]}'"
-            raise UserError(f"{problem}. Choose another --out.")
+        check_folder(folder, RECIPE, SPLIT)
         file = (folder / LOCK).open("ab+", buffering=0)
     except OSError as error:
         raise UserError(
@@ -257,16 +248,6 @@ def open_folder(
     return newest
 
 
-def existing_run(folder: Path) -> UserError:
-    """Build the error for a run folder that is taken, with the pairs of its run."""
-    pairs = read_recipe(folder).data.label
-    # The list of a split, which is in the run folder
-    if pairs.endswith(LIST_KIND) and Path(pairs).is_file():
-        pairs = read_pair_list(Path(pairs)).source
-    remedy = "Continue that run with --resume, or choose another --out for a new one."
-    return UserError(f"'{folder}' already holds a run, on '{printable(pairs)}'. {remedy}")
-
-
 def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | WrappedModel | None:
     """Read the Hugging Face encoder, if any, from the newest good checkpoint, for resuming."""
     if recipe.text.hf_model is None:
@@ -278,36 +259,6 @@ def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | WrappedModel | N
         ):
             return encoder_kept_in({ENTRY: file.get_tensor(f"model.{ENTRY}")}, recipe, checkpoint)
     return None
-
-
-def read_recipe(folder: Path) -> Recipe:
-    """Read the resolved recipe of a run folder."""
-    path = folder / RECIPE
-    if not path.is_file():
-        raise UserError(f"'{folder}' is not a run folder: it has no {RECIPE}.")
-    try:
-        return moved_lists(load_recipe(path), folder)
-    except ValueError as error:
-        raise UserError(
-            f"'{folder}' is not a run of this version. {error} Choose another --out."
-        ) from error
-
-
-def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
-    """Find the lists of a run's split in its folder, if the folder was moved since its recipe was written."""
-
-    def moved(name: str) -> str:
-        here = folder / Path(name).name
-        is_here = here.name in SPLIT and here.is_file()
-        return str(here) if is_here and not Path(name).exists() else name
-
-    changed: dict[str, Any] = {}
-    for key, names in recipe.evaluation:
-        if names:
-            changed[f"evaluation.{key}"] = tuple(map(moved, names))
-    if isinstance(recipe.data.source, str):
-        changed["data.source"] = moved(recipe.data.source)
-    return recipe.with_keys(changed)
 
 
 def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
