@@ -41,8 +41,24 @@ def test_hits_are_those_of_a_loop(k, limit):
     names = ["", "", "a", "b", *map(str, range(150))]
     groups = [names[n] for n in torch.randint(len(names), (700,)).tolist()]
     for given in (None, groups):
-        found = distinct(ranking, vectors, k, given, limit)
+        cells = given and [(name,) for name in given]
+        found = distinct(ranking, vectors, k, cells, limit)
         assert found == loop(ranking, vectors, k, given, limit)
+
+
+@pytest.mark.parametrize("k", [2, 3, 10])
+def test_only_the_first_image_of_a_group_is_compared(k):
+    read = []
+
+    class Vectors(torch.Tensor):
+        def __getitem__(self, ids):
+            read.extend(ids.tolist())
+            return super().__getitem__(ids).as_subclass(torch.Tensor)
+
+    ranking, groups = torch.arange(3_000), [("a",), ("b",), ("c",)] * 1_000
+    hits = distinct(ranking, torch.eye(3_000, 3).as_subclass(Vectors), k, groups)
+    assert read == [0, 1, 2], "however many images the groups have"
+    assert [len(hit) for hit in hits] == ([1, 1] if k == 2 else [1_000] * 3)
 
 
 def test_near_copies_are_one_hit_unless_they_are_asked_for(tmp_path):

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ class Index:
             columns = {name: self.column(name) for name in where}
             ids = torch.from_numpy(matching(columns, where))
             vectors = vectors[ids]
-        groups = None if group is None else [cells[0] for cells in self.column(group)]
+        groups = None if group is None else self.column(group)
         # --- all images, the best first; those without captions have vectors of zeros
         scores = products(query[None], vectors)[0]  # (n,)
         if over == "captions":
@@ -248,14 +249,14 @@ class Index:
         ranked, images = ids[order], torch.from_numpy(self._store.matrix("images"))
         limit = NO_COPY if copies else near_copy(images)
         found = distinct(ranked, images, k, groups, limit)
-        positions = [position for hit in found for position in hit]
-        described = self.rows(ranked[positions].numpy())
-        rows = dict(zip(positions, described, strict=True))
+        firsts = self.rows(ranked[[hit[0] for hit in found]].numpy())
+        others = [position for hit in found for position in hit[1:]]
+        keys = iter(self._store.keys(ranked[others].numpy()))
         hits = []
-        for first, *others in found:
-            alike = tuple(rows[position].key for position in others)
-            score = float(scores[order[first]])
-            hits.append(Hit(**vars(rows[first]), score=score, copies=alike))
+        for positions, row in zip(found, firsts, strict=True):
+            score = float(scores[order[positions[0]]])
+            alike = tuple(islice(keys, len(positions) - 1))
+            hits.append(Hit(**vars(row), score=score, copies=alike))
         return hits
 
     def nearest(self, queries: Tensor, k: int, *, over: Over = "images") -> tuple[Tensor, Tensor]:

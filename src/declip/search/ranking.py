@@ -1,7 +1,8 @@
 """What a person sees of a ranking: images with a value in a column, and near copies as one hit."""
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, tee
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def distinct(
     ranking: Tensor,
     vectors: Tensor,
     k: int,
-    groups: Sequence[str] | None,
+    groups: Cells | None,
     limit: float = NEAR_COPY,
 ) -> list[list[int]]:
     """Divide a ranking into k hits: an image with its near copies, and with others of its group.
@@ -78,38 +79,65 @@ def distinct(
     Args:
         ranking: Ids (m,), the best first.
         vectors: Of all images by id, (n, d) of length 1.
-        groups: By id; an empty one is no group.
+        groups: By id, the first cell of each; an empty one is no group.
         limit: Cosine above which an image is a near copy.
 
     Returns:
         Positions in the ranking, of each hit the best first.
     """
-    hits: list[list[int]] = []
-    hit_of_group: dict[str, int] = {}
-    firsts = torch.empty(0, vectors.shape[1])  # vectors of the first images of hits
-    for start in range(0, len(ranking), BLOCK):
-        ids = ranking[start : start + BLOCK]
-        rows = vectors[ids].float()
-        compared = torch.cat([firsts, rows])
-        copies = (rows @ compared.mT > limit).numpy()  # (b, hits + b)
-        # --- the hit that each compared image began; -1: it began none
-        hit_of = np.full(len(compared), -1)
-        hit_of[: len(firsts)] = np.arange(len(firsts))
-        for row, id in enumerate(ids.tolist()):
-            group = groups[id] if groups else ""
-            similar = np.flatnonzero(copies[row] & (hit_of >= 0))
-            if group in hit_of_group:
-                hit = hit_of_group[group]
-            elif len(similar):
-                hit = int(hit_of[similar[0]])
-            elif len(hits) == k:
-                return hits
-            else:
-                hit = len(hits)
-                hits.append([])
-                hit_of[len(firsts) + row] = hit
-            if group:
-                hit_of_group.setdefault(group, hit)
-            hits[hit].append(start + row)
-        firsts = compared[torch.from_numpy(hit_of >= 0)]
+    ids = ranking.tolist()
+    keys, again = tee(_keys(ids, groups))
+    hit_of, end = _assign(keys, ranking, vectors, k, limit)
+    hits: list[list[int]] = [[] for _ in {*hit_of.values()}]
+    for position, key in enumerate(islice(again, end)):
+        hits[hit_of[key]].append(position)
     return hits
+
+
+Key = str | int
+"""The group of an image, or its position in the ranking if it has none."""
+
+
+def _assign(
+    keys: Iterable[Key], ranking: Tensor, vectors: Tensor, k: int, limit: float
+) -> tuple[dict[Key, int], int]:
+    """The hit of each key, and the position at which hit k + 1 would begin.
+
+    Only the first image with a key is compared with hits: the others follow it.
+    """
+    hit_of: dict[Key, int] = {}
+    begun = torch.empty(0, vectors.shape[1])  # vectors of the first images of hits
+    firsts = _firsts(keys)
+    while block := list(islice(firsts, BLOCK)):
+        positions = [position for position, _ in block]
+        rows = vectors[ranking[positions]].float()
+        compared = torch.cat([begun, rows])
+        copies = (rows @ compared.mT > limit).numpy()  # (b, hits + b)
+        begins = np.zeros(len(compared), dtype=bool)
+        begins[: len(begun)] = True
+        for row, (position, key) in enumerate(block):
+            similar = np.flatnonzero(copies[row] & begins)
+            first = len(begun) + row
+            if len(similar):
+                first = similar[0]
+            elif begins.sum() == k:
+                return hit_of, position
+            begins[first] = True
+            hit_of[key] = int(begins[:first].sum())
+        begun = compared[torch.from_numpy(begins)]
+    return hit_of, len(ranking)
+
+
+def _keys(ids: list[int], groups: Cells | None) -> Iterable[Key]:
+    if groups is None:
+        return range(len(ids))
+    return (groups[id][0] or position for position, id in enumerate(ids))
+
+
+def _firsts(keys: Iterable[Key]) -> Iterator[tuple[int, Key]]:
+    """Each key with its first position."""
+    seen = set[Key]()
+    for position, key in enumerate(keys):
+        if key not in seen:
+            seen.add(key)
+            yield position, key

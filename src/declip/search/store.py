@@ -126,19 +126,32 @@ class Store:
         return wanted
 
     def rows(self, ids: np.ndarray) -> list[IndexedImage]:
-        """Read rows; each group of rows is decoded once."""
-        numbers = np.searchsorted(self._starts, ids, "right") - 1
+        """Read rows."""
         rows = dict[int, IndexedImage]()
-        for number in np.unique(numbers).tolist():
-            columns = self._group(number).columns
-            for at in np.flatnonzero(numbers == number).tolist():
-                inside = int(ids[at] - self._starts[number])
-                cells = (column[inside].as_py() for column in columns)
+        for table, positions, places in self._groups_of(ids):
+            for at, inside in zip(positions, places, strict=True):
+                cells = (column[inside].as_py() for column in table.columns)
                 index, key, captions, path, offset, size = cells
                 origin = Origin(resolve(path, self.folder), offset, size)
                 id, texts = int(ids[at]), tuple(captions)
                 rows[at] = IndexedImage(id, key, texts, index, origin)
         return [rows[at] for at in range(len(ids))]
+
+    def keys(self, ids: np.ndarray) -> list[str]:
+        """Read the keys of rows."""
+        found = dict[int, str]()
+        for table, positions, places in self._groups_of(ids):
+            keys = table["key"].to_pylist()
+            found.update(zip(positions, map(keys.__getitem__, places), strict=True))
+        return [found[at] for at in range(len(ids))]
+
+    def _groups_of(self, ids: np.ndarray) -> Iterator[tuple[pa.Table, list[int], list[int]]]:
+        """Each group of some rows, decoded once, with their positions among the ids and in the group."""
+        numbers = np.searchsorted(self._starts, ids, "right") - 1
+        for number in np.unique(numbers).tolist():
+            positions = np.flatnonzero(numbers == number)
+            places = ids[positions] - self._starts[number]
+            yield self._group(number), positions.tolist(), places.tolist()
 
     def matrix(self, over: Over = "images") -> np.ndarray:
         """(n, d), all vectors of a kind, mapped from the disk."""
