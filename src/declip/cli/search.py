@@ -132,8 +132,8 @@ def search(
     opened = Index.open(folder, model=model, source=source, device=device, precision=precision)
     shown: dict[str, Any] = {"where": wanted, "group": group, "copies": copies}
     hits = opened.search(query, picture, weights=both, template=template, k=k, over=over, **shown)
-    if why and text:
-        hits = opened.explain(text, hits)
+    if why:
+        hits = opened.explain(query, hits)
     _print_hits(hits, group)
     # --- files
     if table is not None:

@@ -174,10 +174,10 @@ def cost_table(outcome: Outcome) -> Table:
 
 def failures_table(failures: Mapping[str, str]) -> Table:
     """Failed runs with the last line of their reason."""
-    rows = (
-        (name, (reason.strip().splitlines() or ["no reason was saved"])[-1])
-        for name, reason in failures.items()
-    )
+    rows = []
+    for name, reason in failures.items():
+        lines = reason.strip().splitlines() or ["no reason was saved"]
+        rows.append((name, lines[-1]))
     return Table("Failed runs", ("run", "reason"), tuple(rows), texts=2)
 
 

@@ -61,7 +61,7 @@ def sentences(inspection: Inspection) -> list[tuple[Finding, str, str]]:
 def tables(it: Inspection) -> dict[str, Table]:
     """All tables by name; empty ones are not shown."""
     reasons = []
-    for name, row in sorted(it.reasons.items(), key=_frequency):
+    for name, row in sorted(it.reasons.items(), key=lambda reason: -reason[1]["count"]):
         reasons.append((name, f"{row['count']:,}", _keys(row["examples"], row["count"])))
     leaks = []
     for leak in it.leakages:
@@ -75,10 +75,6 @@ def tables(it: Inspection) -> dict[str, Table]:
         ),
         "leakages": Table("Images similar to those of a checked set", columns, tuple(leaks), 4),
     }
-
-
-def _frequency(reason: tuple[str, Any]) -> int:
-    return -int(reason[1]["count"])
 
 
 def _statistics(it: Inspection) -> dict[str, Table]:

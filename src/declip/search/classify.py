@@ -166,11 +166,12 @@ class Classifier:
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write a safetensors file; one that exists is replaced with `overwrite`."""
         head = self.head
-        own = {name: getattr(self, name) for name in ("classes", "counts", "model")}
         mixture = [(*form, factor) for form, factor in head.mixture.items()]
         accuracy = None if head.accuracy is None else (head.accuracy.value, head.accuracy.n)
         stored = _Stored(
-            **own,
+            classes=self.classes,
+            counts=self.counts,
+            model=self.model,
             width=head.width,
             mixture=mixture,
             accuracy=accuracy,
@@ -193,15 +194,9 @@ class Classifier:
                 stored = _Stored.model_validate_json((file.metadata() or {})[KEY])
                 weight, center = (file.get_tensor(name).float() for name in ("weight", "center"))
             count, columns = weight.shape
-            whole = (
-                bool(weight.isfinite().all() and center.isfinite().all())
-                and stored.width <= columns
-            )
-            if (
-                not whole
-                or center.shape != (columns,)
-                or {count} != {len(stored.classes), len(stored.counts)}
-            ):
+            finite = bool(weight.isfinite().all() and center.isfinite().all())
+            fits = stored.width <= columns and center.shape == (columns,)
+            if not (finite and fits) or {count} != {len(stored.classes), len(stored.counts)}:
                 raise ValueError("the sizes do not fit, or numbers are not finite")
         except Exception as error:  # a stranger's file; safetensors has its own classes
             raise UserError(
@@ -350,10 +345,8 @@ def classify(
     known, encode, score = _scorer(encoder, classifier, names, prompts, batch_size)
     result = Classification(dict.fromkeys(known, 0), classifier=classifier)
     # --- classify and write batch by batch; the table appears complete or not at all
-    batches = [
-        range(start, min(start + batch_size, len(source)))
-        for start in range(0, len(source), batch_size)
-    ]
+    numbers = range(len(source))
+    batches = [numbers[start : start + batch_size] for start in numbers[::batch_size]]
     stream = encode_batches(encoder, source, _read, batches, workers, progress, encode)
     header = (*CLASSIFIED, *map(plain_cell, known))
     with nullcontext() if path is None else csv_table(path, header, overwrite) as rows:

@@ -26,7 +26,7 @@ from declip.models.encoder import Encoder
 from declip.models.fingerprint import fingerprint
 from declip.models.precision import Precision, precision_of
 from declip.search.index import Index
-from declip.search.info import INFO, Dtype, IndexInfo, SourceInfo
+from declip.search.info import Dtype, IndexInfo, SourceInfo, is_index
 from declip.search.store import GROUP_ROWS, Block, IndexedImage
 from declip.search.vectors import VectorCache, content_key, joined, stamp_key
 from declip.search.writer import check_target, describe_model, new_index
@@ -126,9 +126,8 @@ class _Embedding:
         """Rows and their vectors (n, d), in the order of the source."""
         cache = VectorCache(f"{fingerprint(self.model)[:24]}-{precision_of(self.model)}")
         keys = self._keys()
-        blocks = []
-        for start in range(0, len(keys), GROUP_ROWS):
-            blocks.append(range(start, min(start + GROUP_ROWS, len(keys))))
+        numbers = range(len(keys))
+        blocks = [numbers[start : start + GROUP_ROWS] for start in numbers[::GROUP_ROWS]]
         # --- one stream of batches, so that the processes that read images start once
         batches, counts = list[list[int]](), list[int]()
         for block in blocks:
@@ -223,7 +222,7 @@ def open_or_embed(
     By default the folder is one below "indices" for each source, its columns, and each model.
     Without captions the index that is there keeps its own.
     """
-    if isinstance(source, str | Path) and (Path(source).expanduser() / INFO).is_file():
+    if isinstance(source, str | Path) and is_index(Path(source).expanduser()):
         if folder is not None:
             raise UserError(
                 f"'{source}' is an index already, so --index '{folder}' is not used. Remove it."
@@ -235,7 +234,7 @@ def open_or_embed(
         folder = _usual_folder(encoder, source, columns)
     given = model if isinstance(model, str | Path) else ""
     known = Path(folder).expanduser()
-    before = IndexInfo.read(known) if (known / INFO).is_file() else None
+    before = IndexInfo.read(known) if is_index(known) else None
     if before is not None and columns.caption is None:
         columns = replace(columns, caption=before.source.columns.caption)
     captions = before is None or before.captions
