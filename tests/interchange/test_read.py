@@ -8,10 +8,11 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 import declip
 from conftest import refuses
-from declip.interchange.read import read_start
+from declip.interchange.read import read, read_start
 from declip.interchange.run_folder import read_checkpoint
 from declip.runs.checkpoint import WEIGHTS, list_checkpoints, step_of
 from interchange.test_export import features
@@ -138,3 +139,19 @@ def test_a_repository_of_another_library_is_read_without_its_pickles(hub, form, 
         assert same(declip.load(name, device="cpu"), model)
         assert read_start(name).has_text
     assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
+def test_no_random_numbers_are_made_for_weights_that_are_read(tiny_run):
+    called = set()
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if args and isinstance(args[0], torch.nn.Parameter):
+                called.add(getattr(func, "__name__", ""))
+            return func(*args, **kwargs or {})
+
+    weights = read(tiny_run)
+    with Recorder():
+        weights.build()
+    assert not called & {"normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_"}
+    assert "copy_" in called

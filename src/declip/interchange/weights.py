@@ -47,6 +47,9 @@ RANDOM = {
 }
 """Functions that fill a tensor in place with random numbers, and return it."""
 
+RESCALING = {Tensor.add_, Tensor.clamp_, Tensor.erfinv_, Tensor.mul_}
+"""What makes random numbers normal and truncated, in place; slow, on the meta device too."""
+
 
 # End of a tensor's name in the head of a loss that compares tokens
 PATCH_PROJECTION = "patch_projection.weight"
@@ -212,6 +215,8 @@ class Uninitialized(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in RANDOM:
             return args[0] if args else kwargs["tensor"]
+        if func in RESCALING and isinstance(args[0], nn.Parameter):
+            return args[0]
         return func(*args, **kwargs)
 
 
