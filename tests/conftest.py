@@ -58,6 +58,8 @@ WEIGHTS = {
 }
 
 
+os.fsync = lambda _: None  # a twentieth of the time is spent on waiting for the disk
+
 gc.disable()  # imports make millions of objects that stay; searching them for garbage takes a quarter of their time
 
 
@@ -76,6 +78,11 @@ def pytest_collection_finish():
     gc.freeze()  # no collection looks again at what the imports made, here or in processes forked from here
     gc.set_threshold(20_000, 20, 20)  # by default it takes a twentieth of the time
     gc.enable()
+
+
+def pytest_unconfigure():
+    gc.collect()
+    gc.freeze()  # pytest looks for garbage five times at the end
 
 
 def tiny_tree(source, losses="clip", **sections):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -160,7 +161,10 @@ def test_a_rank_that_dies_is_started_again_and_the_run_continues(table, tmp_path
     keys += ("train.report_to=[]",)
     given = (died, *map(str, words), *keys, "--quiet")
     process = multiprocessing.get_context("fork").Process(target=agent, args=given)
-    process.start()
+    # The agent logs its stack of calls at each change, for seconds where pytest's own are part of it.
+    forking = threading.Thread(target=process.start)
+    forking.start()
+    forking.join()
     process.join()
     printed, errors = capfd.readouterr()
     assert (process.exitcode, died.exists()) == (0, True), errors
