@@ -440,7 +440,7 @@ class Late(Noise):
 
     def __getitem__(self, index):
         if index == self.late:
-            time.sleep(1.5)
+            time.sleep(0.7)
         return super().__getitem__(index)
 
 

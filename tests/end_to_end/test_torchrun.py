@@ -71,6 +71,15 @@ def wait_for(path, alive):
         time.sleep(0.05)
 
 
+def forked(function, *arguments):
+    """A process of a function, without the calls of pytest: torch's agent logs the stack of calls at each change."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    forking = threading.Thread(target=process.start)
+    forking.start()
+    forking.join()
+    return process
+
+
 def family(pid):
     yield pid
     for task in Path(f"/proc/{pid}/task").iterdir():
@@ -160,11 +169,7 @@ def test_a_rank_that_dies_is_started_again_and_the_run_continues(table, tmp_path
     )
     keys += ("train.report_to=[]",)
     given = (died, *map(str, words), *keys, "--quiet")
-    process = multiprocessing.get_context("fork").Process(target=agent, args=given)
-    # The agent logs its stack of calls at each change, for seconds where pytest's own are part of it.
-    forking = threading.Thread(target=process.start)
-    forking.start()
-    forking.join()
+    process = forked(agent, *given)
     process.join()
     printed, errors = capfd.readouterr()
     assert (process.exitcode, died.exists()) == (0, True), errors
@@ -194,11 +199,10 @@ def test_a_slurm_job_whose_time_is_up_saves_asks_to_be_queued_again_and_continue
     }  # fmt: skip
     words = [shutil.which("bash") or "bash", str(SCRIPT), str(recipe), "--quiet", "--out", str(run)]
     words += ["train.steps=30000", "train.checkpoint_every=10000", "data.workers=1"]
-    agent = multiprocessing.get_context("fork").Process(target=torchrun, args=(asked,))
     job = subprocess.Popen(words, env=environment)
+    wait_for(asked / "words", lambda: job.poll() is None)
+    agent = forked(torchrun, asked)
     try:
-        wait_for(asked / "words", lambda: job.poll() is None)
-        agent.start()
         (asked / "agent").write_text(str(agent.pid))
         wait_for(run / "metrics.jsonl", agent.is_alive)
         job.send_signal(signal.SIGUSR1)
