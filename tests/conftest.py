@@ -71,7 +71,9 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     # With workers this process only hands out tests.
     if not config.getoption("numprocesses", None):
-        import timm  # noqa: F401
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "wandb", None)  # else timm imports it, for half a second
+            import timm  # noqa: F401
 
 
 def pytest_collection_finish():
