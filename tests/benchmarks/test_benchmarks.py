@@ -7,6 +7,8 @@ from statistics import median
 
 import pytest
 
+from declip.recipe.load import load_recipe
+
 
 def test_step_and_its_peer(call):
     words = (
@@ -58,9 +60,15 @@ def gpu(scripts, call, tmp_path, monkeypatch):
     module = scripts("gpu")
     keys = module.run_keys
     fewer = {"loss_weights": {"contrastive": 1.0}, "train.optimizer": "adamw"}
-    fewer |= {"train.steps": 2, "train.checkpoint_every": 1, "train.batch_size": 8}
+    fewer |= {
+        "train.steps": 2,
+        "train.checkpoint_every": 1,
+        "train.batch_size": 8,
+        "text.layers": 1,
+    }
     monkeypatch.setattr(module, "RECIPES", ("clip",))
     monkeypatch.setattr(module, "run_keys", lambda *given, **train: keys(*given, **train) | fewer)
+    monkeypatch.setattr(module, "load_recipe", lambda name, keys: load_recipe(name, keys | fewer))
     monkeypatch.setattr(module, "draw_pairs", partial(module.draw_pairs, count=32))
 
     def called(*words):
