@@ -14,7 +14,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.distributed import HostGroup
-from declip.training.parallel import build_learner, unwrap
+from declip.training.parallel import build_learner, whole_model
 
 
 @pytest.fixture(scope="module")
@@ -25,54 +25,43 @@ def classified(rows, tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("classified") / "pairs.jsonl", labeled)
 
 
-def measured(path, losses, workers):
+def measured(path, losses, how):
     """The results by this process, as rows, and how many images and texts it encoded."""
-    recipe = Recipe.model_validate(tiny_tree(path, loss_weights=losses))
+    train = {**TINY["train"], "strategy": how.pop("strategy", "ddp")}
+    recipe = Recipe.model_validate(tiny_tree(path, loss_weights=losses, train=train))
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe)
-    Objective(recipe, model).attach(model)
+    objective = Objective(recipe, model)
+    objective.attach(model)
+    whole = whole_model(build_learner(recipe, model, objective))
     encoded = Counter()
 
     def count(tower, given, _):
         encoded[type(tower).__name__] += len(given[0])
 
-    for tower in (model.image_tower, model.text_tower):
+    for tower in (whole.image_tower, whole.text_tower):
         tower.register_forward_hook(count)
-    options = Options(batch_size=5, workers=workers, progress=False, share=HostGroup())
+    options = Options(**{"batch_size": 5, **how}, progress=False, share=HostGroup())
     dataset = open_dataset(path, label_column="label")
-    results = evaluate_all(model, dataset, ("zero-shot", "retrieval"), options)
-    return [result.to_dict() for result in results], encoded
+    results = evaluate_all(whole, dataset, ("zero-shot", "retrieval"), options)
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return [result.to_dict() for result in results], encoded, sharded
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "how",
+    [{"workers": 0}, {"workers": 1}, {"strategy": "fsdp"}, {"strategy": "fsdp", "batch_size": 99}],
+    ids=["own process", "workers", "towers in parts", "fewer batches than processes"],
+)
 @pytest.mark.parametrize("losses", [{"contrastive": 1.0}, {"late_interaction": 1.0}])
-def test_processes_share_the_images_and_find_what_one_finds(classified, tmp_path, losses, workers):
-    expected, encoded = measured(classified, losses, workers)
-    found = in_processes(measured, 2, tmp_path, classified, losses, workers)
-    assert [results for results, _ in found] == [expected, expected]
-    first, second = (each for _, each in found)
+def test_processes_share_the_images_and_find_what_one_finds(classified, tmp_path, losses, how):
+    expected, encoded, _ = measured(classified, losses, dict(how))
+    found = in_processes(measured, 2, tmp_path, classified, losses, how)
+    assert [results for results, *_ in found] == [expected, expected]
+    assert [sharded for *_, sharded in found] == ["strategy" in how] * 2
+    first, second = (each for _, each, _ in found)
     assert first + second == encoded
-    assert first.keys() == second.keys() == encoded.keys()
     assert len(encoded) == 2
-
-
-def sharded(path):
-    """The results by a process that holds a part of each tensor, or all of it where it is alone."""
-    recipe = Recipe.model_validate(tiny_tree(path, train={**TINY["train"], "strategy": "fsdp"}))
-    torch.manual_seed(0)
-    model = DualEncoder.from_recipe(recipe)
-    learner = build_learner(recipe, model, Objective(recipe, model))
-    dataset = open_dataset(path, label_column="label")
-    options = Options(batch_size=5, progress=False)
-    parts = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
-    results = evaluate_all(model, dataset, ("zero-shot", "retrieval"), options)
-    return [result.to_dict() for result in results], unwrap(learner).sharded, parts > 0
-
-
-def test_processes_that_hold_parts_of_the_towers_find_what_one_finds(classified, tmp_path):
-    expected, *alone = sharded(classified)
-    found = in_processes(sharded, 2, tmp_path, classified)
-    assert (alone, found) == ([False, False], [(expected, True, True)] * 2)
 
 
 def refused(path):

@@ -19,9 +19,11 @@ from declip.data.batch import PairBatch
 from declip.data.images import fused_views, views
 from declip.data.images.views import Finish
 from declip.errors import UserError
+from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import blocks_of, grad_checkpointing, is_frozen
 from declip.recipe.schema import Recipe, Train
+from declip.runs.checkpoint import without_prefix
 from declip.runs.folder import log
 from declip.supervision.contrastive import to_float32
 from declip.supervision.objective import Gather, Objective
@@ -137,7 +139,10 @@ def _shard(model: DualEncoder, objective: Objective) -> None:
     image, text = model.image_tower, model.text_tower
     parts = [*blocks_of(image), *blocks_of(text), image, text]
     for term in objective.terms.values():
-        parts += [head for head in term.children() if list(head.parameters())]
+        # A model that does not learn, such as a teacher, stays whole
+        parts += [
+            head for head in term.children() if any(p.requires_grad for p in head.parameters())
+        ]
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     for part in parts:
         fully_shard(part, mesh=mesh)
@@ -148,6 +153,20 @@ def unwrap(learner: nn.Module) -> Learner:
     inner = learner.module if isinstance(learner, DistributedDataParallel) else learner
     assert isinstance(inner, Learner)
     return inner
+
+
+def whole_model(learner: nn.Module) -> DualEncoder:
+    """Return the learner's model; with FSDP a copy with all weights, of which each rank encodes what it likes.
+
+    A collective: forward passes of the model itself are collectives too, of which all ranks take equally many.
+    """
+    inner = unwrap(learner)
+    if not inner.sharded:
+        return inner.model
+    tensors = {name: full_tensor(tensor).cpu() for name, tensor in inner.state_dict().items()}
+    weights, heads = without_prefix("model", tensors), without_prefix("objective", tensors)
+    recipe = inner.objective.recipe
+    return Weights(recipe, weights, recipe.name, heads).build().to(inner.model.device)
 
 
 def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,7 @@ from torch import Tensor
 from declip.data.batch import PairBatch
 from declip.data.sources.checks import described
 from declip.errors import UserError
-from declip.evaluation.encode import ALONE
 from declip.evaluation.results import Result
-from declip.interchange.read import load
 from declip.io.pool import naming_lost_workers
 from declip.models.dual_encoder import DualEncoder
 from declip.runs import checkpoint as checkpoints
@@ -29,6 +26,7 @@ from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.examples import write_examples
 from declip.training.optimizer import group_lr, learning_rate
+from declip.training.parallel import whole_model
 from declip.training.signals import TRY_AGAIN, StopRequest
 from declip.training.sinks import Monitor, RunInfo, Sink, open_monitor
 from declip.training.state import BestEvaluation, RunState, collect, load_weights
@@ -96,16 +94,13 @@ class Trainer:
                         monitor.flush()
             finished = self.finished
             if finished and finish is not None:
-                state.hosts.on_rank_zero(lambda: finish(state.folder, self._whole_model()))
+                whole = whole_model(state.learner)
+                state.hosts.on_rank_zero(partial(finish, state.folder, whole))
             self.loader.close()
         status = 0 if distributed.launched() else TRY_AGAIN
         if self.stop.signal == signal.SIGINT:
             status = 130
         return Run(state.folder, self.progress.step, finished, status, self.is_rank_zero)
-
-    def _whole_model(self) -> Any:
-        """The model; with FSDP, of which this rank holds a part, the one in the checkpoint."""
-        return load(self.state.folder) if self.state.sharded else self.state.model
 
     def _prepare(self, monitor: Monitor) -> None:
         """Do what precedes the next step: messages, and evaluation of the starting weights."""
@@ -305,13 +300,12 @@ class Trainer:
             run_folder.drop_rows(state.folder / run_folder.EVALUATIONS, after=progress.step - 1)
         best = progress.best if final and self.finished else None
         weights = {} if best is None else {"best_step": best.step}
-        # With FSDP each forward pass is a collective, so that all ranks take the same ones.
-        share = ALONE if state.sharded else state.hosts
         tasks = state.hosts.on_rank_zero(partial(state.held_out.tasks, state.recipe, final))
         progress_shown = self.is_rank_zero and self.info.progress
         results = list[Result]()
+        model = whole_model(state.learner)
         for result in state.held_out.measure(
-            state.model, tasks, progress_shown, state.workers, share
+            model, tasks, progress_shown, state.workers, state.hosts
         ):
             row = {**result.to_dict(), **weights}
             # A callback may take longer than ranks wait for each other.
