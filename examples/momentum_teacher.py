@@ -2,7 +2,7 @@
 
 python examples/momentum_teacher.py pairs.csv runs/momentum heldout.csv
 
-Not with train.strategy=fsdp, which would shard the teacher.
+With train.strategy=fsdp the teacher stays whole on every process.
 """
 
 import sys
@@ -20,6 +20,7 @@ from declip.data.pair import PairSource
 from declip.models.dual_encoder import DualEncoder
 from declip.supervision.contrastive import info_nce
 from declip.supervision.term import Encodings, Rows, Similarity, Term
+from declip.training.parallel import full_tensor
 from declip.training.sinks import RunInfo
 
 
@@ -52,7 +53,7 @@ class MomentumTeacher(Term):
     @torch.no_grad()
     def after_step(self, model: DualEncoder) -> None:
         for name, slow in self.teacher.named_parameters():
-            slow.lerp_(model.get_parameter(name), 1 - self.momentum)
+            slow.lerp_(full_tensor(model.get_parameter(name)), 1 - self.momentum)
         for name, slow in self.teacher.named_buffers():
             slow.copy_(model.get_buffer(name))
 

@@ -144,7 +144,8 @@ def _meet(rank, function, world, folder, arguments):
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
     )
     torch.save(function(*arguments), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # not after `declip.train`
+        torch.distributed.destroy_process_group()
 
 
 def draw(color, shape, size=40):

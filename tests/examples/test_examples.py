@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import declip
-from conftest import TINY, draw, refuses, write_rows
+from conftest import TINY, draw, in_processes, refuses, write_rows
 from declip.data.sources.open import open_source
 from declip.io.plugins import load_plugin, plugins
 from declip.models.dual_encoder import DualEncoder
@@ -63,11 +63,20 @@ def test_an_example_changes_only_what_it_says(name, keys, table, tmp_path, capsy
     assert ("step 2: R@1" in capsys.readouterr().out) == (name == "evaluation")
 
 
-def test_a_momentum_teacher_follows_resumes_and_is_exported(table, tmp_path, capsys):
+def teach(table, out, given):
+    EXAMPLES["momentum_teacher"]["main"](str(table), str(out), **given)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_momentum_teacher_follows_resumes_and_is_exported(table, tmp_path, capsys, processes):
     example = EXAMPLES["momentum_teacher"]
     given = {**SMALL, **TINY_VIT, "train.lr": 0.01, "train.checkpoint_every": 1}
-    example["main"](str(table), str(tmp_path / "run"), **given)
-    assert "step 3: R@1 of the teacher" in capsys.readouterr().out
+    if processes == 1:
+        teach(table, tmp_path / "run", given)
+        assert "step 3: R@1 of the teacher" in capsys.readouterr().out
+    else:
+        sharded = {**given, "train.strategy": "fsdp"}
+        in_processes(teach, 2, tmp_path / "meet", table, tmp_path / "run", sharded)
     saved = [load_checkpoint(path) for path in list_checkpoints(tmp_path / "run")]
     before, after = saved[-2:]
     exported = declip.load(tmp_path / "run" / "teacher").state_dict()
@@ -81,6 +90,8 @@ def test_a_momentum_teacher_follows_resumes_and_is_exported(table, tmp_path, cap
         )
         torch.testing.assert_close(now, 0.99 * was + 0.01 * weight)
         assert torch.equal(exported[key], now)
+    if processes > 1:
+        return
     # A run that was stopped after two steps ends with the same teacher.
     for path in list_checkpoints(tmp_path / "run")[-1:]:
         shutil.rmtree(path)
