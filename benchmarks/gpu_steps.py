@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from declip.data.batch import PairBatch, View
+from declip.data.batch import PairBatch, View, plan_views
 from declip.data.images.views import apply_photometric
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
-from declip.training.assemble import plan_of
+from declip.supervision.objective import needs_of
 from pairs import InMemory, build
 from peers import Shape, open_clip_side
 from step import batch_of
@@ -151,7 +151,7 @@ def open_clips_side(
     """Build open_clip's CLIP step on preprocessed images and 77-token captions; for `chunk` see `open_clip_side`."""
     import open_clip
 
-    host, plan = batch_of(recipe, source), plan_of(recipe)
+    host, plan = batch_of(recipe, source), plan_views(recipe, needs_of(recipe))
     mean, std = (torch.tensor(values) for values in (plan.mean, plan.std))
     pixels = apply_photometric(host.views, mean, std)["first"].pixels.to(shape.device)
     captions = [source.texts[int(number) % len(source)] for number in host.sample_ids]

@@ -97,9 +97,10 @@ def build(
     if "nearest_neighbor" in objective.terms:
         queue = objective.terms["nearest_neighbor"].queue
         queue.push(torch.randn(queue.size, recipe.embed_dim, device=device))
-    learner = build_learner(recipe, model, objective).train()
+    learner = build_learner(model, objective).train()
     optimizer = build_optimizer(named_trainable(model, objective), recipe.train)
-    step, loader = partial(training_step, learner, optimizer), build_loader(recipe, source, model)
+    step = partial(training_step, learner, optimizer)
+    loader = build_loader(source, model, objective)
     return SimpleNamespace(
         model=model,
         objective=objective,

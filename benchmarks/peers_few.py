@@ -96,11 +96,11 @@ class Data:
         started = Start(Request.of(name, weights, keys, freeze="both"))
         given = load_for_training("finetune", started.keys(MOST, False), name)
         recipe = resolve(given, Facts(started.weights))
-        source = open_training_source(recipe)
+        source = open_training_source(recipe.data, recipe.seed)
         base = open_base(recipe, started.weights)
         features = read_features(source, base, recipe.data.max_broken_fraction, True)
         classes = started.weights.named_classes()
-        task = FitTask(recipe, started.weights, source, HeldOutSets(recipe), True)
+        task = FitTask(recipe, started.weights, source, HeldOutSets(recipe.data), True)
 
         def names(rows: Tensor) -> Tensor:
             assert classes is not None

@@ -30,6 +30,7 @@ from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
+from declip.supervision.objective import Objective
 from declip.training.assemble import build_loader
 from declip.training.optimizer import build_optimizer, named_trainable
 from pairs import CAPTIONS, InMemory, build, open_pairs, texts_of
@@ -129,7 +130,7 @@ def batch_of(recipe: Recipe, source: InMemory) -> PairBatch:
     """Load the batch with the median text length among the first."""
     with torch.device("meta"):
         model = DualEncoder.from_recipe(recipe)
-    loader = build_loader(recipe, source, model)
+        loader = build_loader(source, model, Objective(recipe, model))
     longest = [
         max(len(model.tokenizer.encode(source.texts[i])) for i in loader.indices(k))
         for k in range(BATCHES)

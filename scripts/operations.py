@@ -8,10 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from declip.data.batch import plan_views
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision.objective import Objective
-from declip.training.assemble import plan_of
+from declip.supervision.objective import Objective, needs_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def count_cost(recipe: Recipe, caption_length: int) -> Cost:
     Args:
         caption_length: Token ids of a caption, padding included.
     """
-    plan, train, size = plan_of(recipe), recipe.train, recipe.image.size
+    plan, train, size = plan_views(recipe, needs_of(recipe)), recipe.train, recipe.image.size
     with torch.device("meta"):
         model = DualEncoder.from_recipe(recipe).train()
         objective = Objective(recipe, model)

@@ -30,6 +30,7 @@ from operations import count_cost
 from PIL import Image
 
 import declip
+from declip.data.batch import plan_views
 from declip.data.pair import Pair, PairSource
 from declip.data.text.tokenizer import padded_length
 from declip.errors import UserError
@@ -42,7 +43,7 @@ from declip.recipe.load import load_recipe, parse_overrides, recipe_names
 from declip.recipe.resolve import Facts, resolve
 from declip.recipe.schema import ImageTowerConfig, Recipe, Train
 from declip.runs.folder import Run
-from declip.training.assemble import plan_of
+from declip.supervision.objective import needs_of
 from declip.training.estimate import estimate
 from declip.training.pairs import open_training_source
 
@@ -225,7 +226,7 @@ def expected_cost(recipe: Recipe, gpus: int, nodes: int, found: Inspection) -> s
         spread[name]
         for name in (("p25", "p50", "p75") if train.length_buckets > 1 else ()) + ("p99",)
     )
-    plan = plan_of(recipe)
+    plan = plan_views(recipe, needs_of(recipe))
     length = (
         context if plan.whole_context else padded_length(math.ceil(min(longest, context)), context)
     )
@@ -446,7 +447,7 @@ def run(options: argparse.Namespace, experiment: Experiment) -> list[str]:
         shards = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "shards.py"))
         shards["main"](Crops(experiment.pairs), options.data, 64, pairs=500, workers=0)
     recipe, tests = recipe_of(options, experiment), tests_there(options.test)
-    source = open_training_source(recipe)
+    source = open_training_source(recipe.data, recipe.seed)
     recipe = resolve(recipe, Facts(pairs=len(source)))
     curve = None if options.curve is None else read_curve(options.curve, recipe.train)
     baseline = {

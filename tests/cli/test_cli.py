@@ -109,7 +109,7 @@ def test_held_out_sets_are_evaluated_by_what_they_have(table, tmp_path):
     loaded = load_for_training(
         "demo-clip", data="a [b]: c.csv", val=list(map(str, (both, classes, table)))
     )
-    sets = HeldOutSets(loaded).by_task(loaded.evaluation.val)
+    sets = HeldOutSets(loaded.data).by_task(loaded.evaluation.val)
     recipe = resolve(loaded, Facts(sets=sets))
     refuses(
         "generator is not a source",

@@ -239,7 +239,7 @@ def test_the_table_of_settings():
         each: load_recipe("finetune", settings(200, each[0], each[2], each[1], None, False))
         for each in closed | trained
     }
-    assert {each for each, recipe in found.items() if closed_form(recipe)} == closed
+    assert {each for each, recipe in found.items() if closed_form(recipe.finetune)} == closed
     lora = {"finetune.lora": {"rank": 2}, "train.patience": None}
     adapters = load_recipe("finetune", settings(200, "heads", on_cpu=True, given=lora))
     assert (

@@ -33,7 +33,7 @@ def measured(path, losses, how):
     model = DualEncoder.from_recipe(recipe)
     objective = Objective(recipe, model)
     objective.attach(model)
-    whole = whole_model(build_learner(recipe, model, objective))
+    whole = whole_model(build_learner(model, objective))
     encoded = Counter()
 
     def count(tower, given, _):

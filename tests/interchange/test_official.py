@@ -135,7 +135,7 @@ def test_training_continues_from_a_file_to_the_official_second_step(name, tmp_pa
     )
 
     model, objective = case.read()
-    apply_pretrained(read_start(str(tmp_path / FILE)), model.recipe, model, objective)
+    apply_pretrained(read_start(str(tmp_path / FILE)), model, objective)
     if "nearest_neighbor" in objective.terms:
         objective.terms["nearest_neighbor"].queue.push(case.value("bank_before", "step2/").T)
     case.step = case.about["steps"][1]

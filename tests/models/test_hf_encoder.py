@@ -8,13 +8,12 @@ import pytest
 import torch
 import transformers
 
-from conftest import TINY, WEIGHTS, refuses
+from conftest import refuses
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY, Bert, TextEncoder, read_encoder
 from declip.models.layers import blocks_of
 from declip.models.text_tower import encode_by_length
 from declip.models.wrapped import encoder_kept_in
-from declip.recipe.schema import Recipe
 from declip.supervision.objective import Objective
 from declip.training.optimizer import decays
 from text_encoders import CAPTIONS, bert, distilbert, model_of, roberta
@@ -93,7 +92,7 @@ def test_auto_pools_as_a_sentence_encoder_says(tmp_path, config, expected):
         return
     model = model_of(folder)
     assert model.text_tower.pooling == expected
-    kept = encoder_kept_in(model.state_dict(), model.recipe, folder)
+    kept = encoder_kept_in(model.state_dict(), folder)
     assert DualEncoder.from_recipe(model.recipe, kept).text_tower.pooling == expected
 
 
@@ -288,11 +287,7 @@ def test_what_is_kept_names_no_folder_and_no_code_and_fits_no_other_tokenizer(tm
 
 
 def test_an_encoder_that_did_not_come_with_the_weights_is_not_looked_for(tmp_path):
-    folder = bert(tmp_path / "bert")
-    recipe = Recipe.model_validate(
-        {**TINY, "text": {"hf_model": str(folder)}, "loss_weights": WEIGHTS["clip"]}
-    )
-    refuses("missing or damaged", encoder_kept_in, {}, recipe, tmp_path)
+    refuses("missing or damaged", encoder_kept_in, {}, tmp_path)
     for text in ("", "{", "[]", "{}", '{"config": {}, "tokenizer": 3}'):
         damaged = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        refuses("damaged", encoder_kept_in, {ENTRY: damaged}, recipe, tmp_path)
+        refuses("damaged", encoder_kept_in, {ENTRY: damaged}, tmp_path)

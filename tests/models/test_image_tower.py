@@ -223,7 +223,7 @@ def test_a_tower_is_timms_and_learns_from_every_term(name):
 
     objective = Objective(recipe, model)
     batch = replace(random_batch(4), views={"first": images[0], "second": images[1]})
-    learner = build_learner(recipe, model.train(), objective.train())
+    learner = build_learner(model.train(), objective.train())
     before = {name: weight.clone() for name, weight in tower.trunk.named_parameters()}
     optimizer = torch.optim.SGD(learner.parameters(), lr=1.0)
     found = training_step(learner, optimizer, batch)

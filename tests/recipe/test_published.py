@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from declip.data.batch import plan_views
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe, recipe_names
 from declip.recipe.schema import ImageView
-from declip.supervision.objective import Objective
-from declip.training.assemble import plan_of
+from declip.supervision.objective import Objective, needs_of
 from declip.training.optimizer import build_optimizer, decays, learning_rate, named_trainable
 
 TABLE = """
@@ -65,11 +65,10 @@ def test_two_views_against_one_caption_count_a_half_each(pairs):
     recipe = load_recipe(f"multi-view-{pairs}-vitb16")
     assert recipe.active_losses == {"contrastive": 0.5, "multi_view": 0.5}
     mild = MOCOV2.model_copy(update={"scale": (0.5, 1), "blur_prob": 0, "hflip_prob": 0})
-    plan = plan_of(recipe)
+    plan = plan_views(recipe, needs_of(recipe))
     assert ([view.augmentation for view in plan.views], plan.texts) == ([mild, mild], 1)
-    control = plan_of(
-        load_recipe(f"multi-view-{pairs}-vitb16", {"loss_weights": {"contrastive": 1.0}})
-    )
+    single = load_recipe(recipe.name, {"loss_weights": {"contrastive": 1.0}})
+    control = plan_views(single, needs_of(single))
     assert ([view.augmentation for view in control.views], control.texts) == ([mild], 1)
 
 
@@ -119,7 +118,7 @@ def test_losses_and_sizes(published):
 
 def test_pixels_and_captions(published):
     recipe, row = published
-    plan, image = plan_of(recipe), recipe.image
+    plan, image = plan_views(recipe, needs_of(recipe)), recipe.image
     views = VIEWS[row["images"]][
         : 1 if recipe.name.startswith("filip") else None
     ]  # theirs drops the second

@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from conftest import TINY, WEIGHTS
-from declip.data.batch import PairBatch
+from declip.data.batch import PairBatch, plan_views
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision import contrastive
 from declip.supervision import term as supervision_term
 from declip.supervision.contrastive import info_nce
-from declip.supervision.objective import Objective
-from declip.training.assemble import plan_of
+from declip.supervision.objective import Objective, needs_of
 from supervision.conftest import NoDeviceReads
 
 WITHOUT_BATCH_NORM = {
@@ -95,7 +94,7 @@ def test_two_image_views_share_one_caption():
     torch.manual_seed(0)
     model = DualEncoder.from_recipe(recipe)
     objective = Objective(recipe, model)
-    plan = plan_of(recipe)
+    plan = plan_views(recipe, needs_of(recipe))
     assert ([view.name for view in plan.views], plan.texts) == (["first", "second"], 1)
     images = {view.name: torch.randn(4, 3, 32, 32) for view in plan.views}
     texts = torch.randint(1, 300, (1, 4, 8))

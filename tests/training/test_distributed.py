@@ -10,14 +10,13 @@ import torch
 
 from conftest import TINY, WEIGHTS, in_processes, refuses
 from data.fakes import Noise
-from declip.data.batch import PairBatch
+from declip.data.batch import PairBatch, plan_views
 from declip.data.text.tokenizer import Tokenizer
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower
 from declip.recipe.schema import Recipe
-from declip.supervision.objective import TERMS, Objective
+from declip.supervision.objective import TERMS, Objective, needs_of
 from declip.training import distributed
-from declip.training.assemble import plan_of
 from declip.training.distributed import StepSync
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.parallel import SharedBatchNorm, build_learner, full_tensor, grad_cache_chunk
@@ -60,7 +59,10 @@ def random_batch(recipe, seed):
         )
     texts[:, BATCH - 1] = texts[:, 0]  # of different ranks
     images = torch.randn(3, BATCH, 3, 32, 32, generator=generator, dtype=torch.float64)
-    views = {spec.name: pixels for spec, pixels in zip(plan_of(recipe).views, images, strict=False)}
+    views = {
+        spec.name: pixels
+        for spec, pixels in zip(plan_views(recipe, needs_of(recipe)).views, images, strict=False)
+    }
     same = torch.arange(2 * BATCH).view(BATCH, 2)
     same[7, 0], same[1:6, 1] = (
         same[0, 0],
@@ -100,7 +102,7 @@ def two_steps(name, tower, counts, **train):
     objective = Objective(recipe, model)
     objective.prepare(Noise(8), model)
     objective.double()
-    learner = build_learner(recipe, model, objective)
+    learner = build_learner(model, objective)
     named = named_trainable(model, objective)
     optimizer = build_optimizer(named, recipe.train)
     model.train(), objective.train()
@@ -235,7 +237,6 @@ def test_fewer_pairs_than_processes_are_refused(monkeypatch):
     refuses(
         r"train\.batch_size=8 .* 9 processes",
         build_learner,
-        recipe,
         model,
         Objective(recipe, model),
     )

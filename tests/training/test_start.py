@@ -331,7 +331,7 @@ def test_other_names_of_classes_are_another_start(tmp_path, monkeypatch):
     frozen = dict.fromkeys(("freeze_image_blocks", "freeze_text_blocks"), "all")
     tune = {"pretrained": "timm:NAME/FILE", "class_names": str(names), **frozen}
     tree = {**TINY, "data": {"source": "pairs.csv"}, "finetune": tune}
-    other = load_pretrained(Recipe.model_validate(tree), tmp_path, False, weights)
+    other = load_pretrained(Recipe.model_validate(tree).finetune, tmp_path, False, weights)
     first, second = (
         class_start(each, encode_texts(each, list(each.classes.names))) for each in (weights, other)
     )

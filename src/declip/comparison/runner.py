@@ -129,7 +129,7 @@ def check(study: Study) -> None:
         # Counting the pairs of a large source takes minutes, so recipes with the same data share it.
         key = recipe.data.model_dump_json()
         if key not in sizes:
-            sizes[key] = len(open_training_source(recipe))
+            sizes[key] = len(open_training_source(recipe.data, recipe.seed))
         if study.pairs[-1] > sizes[key]:
             raise UserError(
                 f"'{recipe.data.label}' has {sizes[key]:,} pairs, fewer than the {study.pairs[-1]:,} of --pairs."

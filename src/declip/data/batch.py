@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from declip.errors import UserError
-from declip.recipe.schema import ImageView, Recipe, TextView
+from declip.recipe.schema import ImageView, Recipe, TextView, Train
 
 if TYPE_CHECKING:
     from declip.data.pair import BrokenPair
@@ -241,9 +241,9 @@ class Plan:
     duplicates: bool = False  # whether a batch has `duplicate_ids`
 
 
-def length_step(recipe: Recipe) -> int:
+def length_step(train: Train) -> int:
     """The multiple that texts are padded to: twice as large where each length is compiled."""
-    return 16 if recipe.train.compile else 8
+    return 16 if train.compile else 8
 
 
 def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
@@ -270,7 +270,7 @@ def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
         text=views.text,
         mask_probability=MASK_PROBABILITY if masked else None,
         whole_context=any(need.whole_context for need in needs),
-        length_step=length_step(recipe),
+        length_step=length_step(recipe.train),
         duplicates=recipe.contrastive.duplicates == "mask",
         mean=recipe.image.mean,
         std=recipe.image.std,

@@ -13,7 +13,7 @@ from declip.evaluation.encode import ALONE, Share
 from declip.evaluation.protocols import Options, evaluate_all
 from declip.evaluation.results import Result
 from declip.models.encoder import Encoder
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import Data, Evaluation
 
 FIRST = 64  # pairs that are asked for a caption
 
@@ -21,8 +21,8 @@ FIRST = 64  # pairs that are asked for a caption
 class HeldOutSets:
     """The held-out sets of a run by their names in its recipe; each is opened once, when it is first used."""
 
-    def __init__(self, recipe: Recipe, sources: Sources = NO_SOURCES) -> None:
-        self.pairs, self.sources = Columns.of(recipe.data), sources
+    def __init__(self, data: Data, sources: Sources = NO_SOURCES) -> None:
+        self.pairs, self.sources = Columns.of(data), sources
         self.opened = dict[str, Dataset]()
 
     def dataset(self, name: str) -> Dataset:
@@ -35,29 +35,23 @@ class HeldOutSets:
         """The test split of a set."""
         return self.dataset(name).split("test")
 
-    def tasks(self, recipe: Recipe, final: bool) -> dict[str, list[str]]:
+    def tasks(self, wanted: Evaluation, final: bool) -> dict[str, list[str]]:
         """Map each dataset that a recipe evaluates on, at the end or during training, to its protocols."""
-        wanted, tasks = recipe.evaluation, self.tasks_to_keep(recipe) if final else {}
-        ends = (
-            (("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval))
-            if final
-            else ()
-        )
-        for protocol, names in (
-            ("zero-shot", wanted.zero_shot),
-            ("retrieval", wanted.retrieval),
-            *ends,
-        ):
+        tasks = self.tasks_to_keep(wanted) if final else {}
+        listed = [("zero-shot", wanted.zero_shot), ("retrieval", wanted.retrieval)]
+        if final:
+            listed.append(("zero-shot", wanted.final_zero_shot))
+            listed.append(("retrieval", wanted.final_retrieval))
+        for protocol, names in listed:
             for name in names:
                 if protocol not in tasks.setdefault(name, []):
                     tasks[name].append(protocol)
         return tasks
 
-    def tasks_to_keep(self, recipe: Recipe) -> dict[str, list[str]]:
+    def tasks_to_keep(self, wanted: Evaluation) -> dict[str, list[str]]:
         """Map the sets of `evaluation.keep` to their protocols: retrieval with captions, else zero-shot."""
         return {
-            name: ["retrieval" if self.captioned(name) else "zero-shot"]
-            for name in recipe.evaluation.keep
+            name: ["retrieval" if self.captioned(name) else "zero-shot"] for name in wanted.keep
         }
 
     def by_task(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:

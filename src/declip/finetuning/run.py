@@ -141,7 +141,7 @@ class Start:
     @property
     def closed(self) -> bool:
         """Whether projections alone are fitted: both towers are frozen, without adapters."""
-        return fits_closed_form(self.checked)
+        return fits_closed_form(self.checked.finetune)
 
     def keys(self, pairs: int, validated: bool = True) -> dict[str, Any]:
         """The keys of the recipe for a number of pairs."""
@@ -169,7 +169,7 @@ def _fit_heads(
         return None  # a run that trained towers continues
     if not start.closed:
         return None
-    request, held_out = start.request, HeldOutSets(start.checked, sources)
+    request, held_out = start.request, HeldOutSets(start.checked.data, sources)
     opened = open_source(request.pairs, Columns.of(start.checked.data), sources)
     val, splits = request.val, splits_of(opened)
     if not val and "validation" in splits:
@@ -182,7 +182,7 @@ def _fit_heads(
         "finetune", start.keys(ANY_PAIRS, bool(val)), request.pairs, val, known=known
     )
     # --- the pairs, which no validation set may have
-    source = open_training_source(recipe, {**sources, request.pairs: opened})
+    source = open_training_source(recipe.data, recipe.seed, {**sources, request.pairs: opened})
     validated = list(map(held_out.test, val))
     for trained in (source, pairs_of(start.name)):
         if trained is not None and validated:

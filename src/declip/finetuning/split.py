@@ -44,7 +44,7 @@ def choose_pairs(
     pairs, columns = request.pairs, Columns.of(recipe.data)
     seen = pairs_of(str(recipe.finetune.pretrained))
     source = open_source(pairs, columns, sources)
-    train, held_out = training_part(source), HeldOutSets(recipe, sources)
+    train, held_out = training_part(source), HeldOutSets(recipe.data, sources)
     unsplit = Split(train, pairs, request.val, {**sources, pairs: source}, held_out)
     if request.val:
         for trained in [train] if seen is None else [train, seen]:
@@ -82,9 +82,9 @@ def pairs_of(weights: str) -> PairSource | None:
         return None
     try:
         recipe = recipe_of(folder)
-        if any(is_url(name) for name in pair_names(recipe)):
+        if any(is_url(name) for name in pair_names(recipe.data.source)):
             return None
-        source = open_training_source(recipe)
+        source = open_training_source(recipe.data, recipe.seed)
     except UserError as error:
         log.warning(
             f"The pairs that '{weights}' was trained on cannot be compared with yours: {error}"

@@ -15,7 +15,7 @@ from declip.io.atomic import atomic_write, save_tensors, write_text
 from declip.models.device import pick_device
 from declip.models.dual_encoder import DualEncoder
 from declip.models.encoder import Encoder
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import Evaluation
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import with_prefix
 from declip.runs.folder import log
@@ -44,7 +44,7 @@ def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncod
 
 def ends_of(folder: Path, device: str = "auto") -> tuple[DualEncoder, DualEncoder]:
     """Load the pretrained and the fine-tuned model of a run that started from a whole model."""
-    start = load_pretrained(run_folder.read_recipe(folder), folder, resume=True)
+    start = load_pretrained(run_folder.read_recipe(folder).finetune, folder, resume=True)
     assert start is not None, "the run started from weights"
     models = start.check().build(), read_checkpoint(folder, mixed=False).check().build()
     return models[0].to(pick_device(device)).eval(), models[1].to(pick_device(device)).eval()
@@ -63,14 +63,18 @@ def mix_with_start(
         return None
     start, end = ends_of(folder)
     mixture = best_mixture(
-        lambda alpha: set_scores(interpolate(start, end, alpha), run.recipe, progress, held_out)
+        lambda alpha: set_scores(
+            interpolate(start, end, alpha), run.recipe.evaluation, progress, held_out
+        )
     )
     best = mixture["alpha"]
     mixed = interpolate(start, end, best) if best < 1 else None
     if mixed is not None:
         with atomic_write(folder / run_folder.MIXED) as temporary:
             save_tensors(with_prefix("model", mixed.state_dict()), temporary)
-        for result in held_out.measure(mixed, held_out.tasks(run.recipe, final=True), progress):
+        for result in held_out.measure(
+            mixed, held_out.tasks(run.recipe.evaluation, final=True), progress
+        ):
             row = {"step": run.step, "best_step": run.best_step, **result.to_dict()}
             run_folder.append_row(folder / run_folder.EVALUATIONS, row)
     # Written last: a run that is stopped before chooses again.
@@ -79,10 +83,10 @@ def mix_with_start(
 
 
 def set_scores(
-    model: Encoder, recipe: Recipe, progress: bool, held_out: HeldOutSets
+    model: Encoder, wanted: Evaluation, progress: bool, held_out: HeldOutSets
 ) -> dict[str, float]:
     """R@1 (mean of both directions) or top-1 on each validation set and each set of `evaluation.keep`."""
-    tasks = held_out.tasks(recipe, final=False) | held_out.tasks_to_keep(recipe)
+    tasks = held_out.tasks(wanted, final=False) | held_out.tasks_to_keep(wanted)
     results = {
         name: held_out.measure(model, {name: protocols}, progress)
         for name, protocols in tasks.items()

@@ -65,7 +65,7 @@ class FitTask:
 def run_fit(task: FitTask, folder: Path) -> FittedRun:
     """Fit heads, measure them, and write the folder, which appears when it is complete."""
     recipe, weights, source = task.recipe, task.weights, task.source
-    tasks = task.held_out.tasks(recipe, final=True)
+    tasks = task.held_out.tasks(recipe.evaluation, final=True)
     for name in tasks:
         refuse_broken(task.held_out.test(name), recipe.data.max_broken_fraction)
     base = open_base(recipe, weights)
@@ -173,8 +173,8 @@ def _scores(fitted: Fitted, task: FitTask) -> dict[str, float]:
     scores = {}
     if fitted.choice.outcome is not None:
         scores[LEFT_OUT] = fitted.choice.outcome.recall(1, fitted.features.groups).value
-    tasks = task.held_out.tasks(task.recipe, final=False)
-    tasks |= task.held_out.tasks_to_keep(task.recipe)
+    tasks = task.held_out.tasks(task.recipe.evaluation, final=False)
+    tasks |= task.held_out.tasks_to_keep(task.recipe.evaluation)
     options = Options(progress=task.progress)
     for name, protocols in tasks.items():
         results = task.held_out.measure(fitted.model, {name: protocols}, options.progress)

@@ -87,9 +87,9 @@ class Weights:
     @property
     def encoder(self) -> TextEncoder | WrappedModel | None:
         """Configuration of the Hugging Face text encoder or the wrapped model, if it is one."""
-        return (
-            encoder_kept_in(self.tensors, self.recipe, Path(self.origin)) if self.has_text else None
-        )
+        if not self.has_text or self.recipe.text.hf_model is None:
+            return None
+        return encoder_kept_in(self.tensors, Path(self.origin))
 
     def named_classes(self, file: str | None = None, required: bool = False) -> Classes | None:
         """Return the classes if they have names, or those in a file; a `UserError` without, if given or required."""

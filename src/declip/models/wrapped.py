@@ -23,7 +23,6 @@ from declip.errors import UserError, check_installed
 from declip.models.hf_encoder import ENTRY, TextEncoder, check_context
 from declip.models.image_tower import ImageTower, grid_tokens
 from declip.models.text_tower import AnyTextTower, SelfContained
-from declip.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -97,15 +96,11 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def encoder_kept_in(
-    weights: Mapping[str, Tensor], recipe: Recipe, path: Path
-) -> TextEncoder | WrappedModel | None:
-    """Read the encoder, or the wrapped model, stored with a model's weights; None for CLIP's text tower.
+def encoder_kept_in(weights: Mapping[str, Tensor], path: Path) -> TextEncoder | WrappedModel:
+    """Read the encoder, or the wrapped model, stored with a model's weights.
 
     `text.hf_model` is never read instead: the recipe may be a stranger's.
     """
-    if recipe.text.hf_model is None:
-        return None
     try:
         stored = weights[ENTRY]
         kind = WrappedModel if "image" in json.loads(stored.numpy().tobytes()) else TextEncoder

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from declip.errors import UserError, unknown
 from declip.recipe.load import flat, load_recipe
 from declip.recipe.resolve import steps_of
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import FineTuning
 
 FREEZE = {"both": ("all", "all"), "image": ("all", 0), "text": (0, "all"), "none": (0, 0)}
 """--freeze → finetune.freeze_image_blocks and freeze_text_blocks."""
@@ -27,9 +27,8 @@ StartKind = Literal["heads", "image", "whole"]
 """What the weights lack: projections into a shared space, the text tower, or nothing."""
 
 
-def fits_closed_form(recipe: Recipe) -> bool:
+def fits_closed_form(tune: FineTuning) -> bool:
     """Whether a fine-tuning fits projections alone: both towers are frozen, without adapters."""
-    tune = recipe.finetune
     return tune.freeze_image_blocks == tune.freeze_text_blocks == "all" and tune.lora is None
 
 

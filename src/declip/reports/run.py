@@ -52,7 +52,7 @@ def write_report(
     embeds = model.token_scorer is None  # else embeddings are not trained
     encoded = None
     if dataset and embeds:
-        sets = held_out or HeldOutSets(run.recipe)
+        sets = held_out or HeldOutSets(run.recipe.data)
         encoded = encode_set(partial(sets.test, dataset), model, limit)
     progress = []
     for key, (title, noisy) in PROGRESS.items():

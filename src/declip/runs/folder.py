@@ -25,7 +25,7 @@ from declip.io.outputs import check_folder
 from declip.models.hf_encoder import ENTRY, TextEncoder
 from declip.models.wrapped import WrappedModel, encoder_kept_in
 from declip.recipe.load import flat
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import Recipe, TextTowerConfig
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good
 from declip.runs.existing import RECIPE, SPLIT, existing_run, read_recipe
 
@@ -248,16 +248,16 @@ def open_folder(
     return newest
 
 
-def kept_encoder(recipe: Recipe, folder: Path) -> TextEncoder | WrappedModel | None:
+def kept_encoder(text: TextTowerConfig, folder: Path) -> TextEncoder | WrappedModel | None:
     """Read the Hugging Face encoder, if any, from the newest good checkpoint, for resuming."""
-    if recipe.text.hf_model is None:
+    if text.hf_model is None:
         return None
     for checkpoint in reversed(list_checkpoints(folder)):
         with (
             suppress(OSError, SafetensorError, UserError),
             safe_open(checkpoint / WEIGHTS, "pt") as file,
         ):
-            return encoder_kept_in({ENTRY: file.get_tensor(f"model.{ENTRY}")}, recipe, checkpoint)
+            return encoder_kept_in({ENTRY: file.get_tensor(f"model.{ENTRY}")}, checkpoint)
     return None
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from declip.data.batch import Needs
 from declip.models.dual_encoder import DualEncoder
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import Recipe, TextView
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 BLOCK_BYTES = 2**26  # of logits held at a time: 64 MiB
@@ -145,9 +145,9 @@ def sigmoid_loss(
     return mean_in_blocks(loss, len(image), len(text_keys) * text_keys.itemsize, max_logit_bytes)
 
 
-def text_views(recipe: Recipe) -> int:
+def text_views(text: TextView) -> int:
     """The number of text views of losses that take two, where the recipe has two."""
-    return 1 if recipe.views.text.second_view == "none" else 2
+    return 1 if text.second_view == "none" else 2
 
 
 class ContrastiveTerm(Term):

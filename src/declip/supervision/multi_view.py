@@ -61,7 +61,7 @@ class MultiView(ContrastiveTerm):
 
     @classmethod
     def needs_in(cls, recipe: Recipe) -> Needs:
-        return replace(cls.needs, texts=text_views(recipe))
+        return replace(cls.needs, texts=text_views(recipe.views.text))
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         features = own.augmented, own.texts, keys.augmented, keys.texts

@@ -115,7 +115,7 @@ class NearestNeighbor(ContrastiveTerm):
 
     @classmethod
     def needs_in(cls, recipe: Recipe) -> Needs:
-        return replace(cls.needs, texts=text_views(recipe))
+        return replace(cls.needs, texts=text_views(recipe.views.text))
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         texts, features = encoded.texts, super().features(encoded)

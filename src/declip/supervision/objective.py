@@ -181,7 +181,8 @@ class Objective(nn.Module):
         # V · (B, 3, S, S) → (V, B, d)
         images = encode_views(model, [view.pixels for view in batch.views.values()])
         captions, masked_at, lengths = self._captions(batch, masked)  # (T or T + 1, B, L)
-        buckets, step = self.recipe.train.length_buckets, length_step(self.recipe)
+        train = self.recipe.train
+        buckets, step = train.length_buckets, length_step(train)
         # (T · B, d)
         texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, buckets, step)
         count, size = captions.shape[:2]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from declip.data.batch import Plan, plan_views
-from declip.data.loader import Assembler, PairLoader
+from declip.data.batch import plan_views
+from declip.data.loader import Assembler, Augment, PairLoader
 from declip.data.pair import PairSource
 from declip.data.sources.checks import refuse_broken
 from declip.data.sources.subset import Lists
@@ -25,7 +25,7 @@ from declip.recipe.schema import Recipe, Train
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import Checkpoint, folder_of, load_checkpoint
 from declip.runs.folder import RECIPE, log, read_recipe
-from declip.supervision.objective import NO_TERMS, Objective, Terms, needs_of
+from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.optimizer import build_optimizer, named_trainable
 from declip.training.pairs import open_training_source, sample_hashes
@@ -80,9 +80,9 @@ def assemble(
     device, hosts = distributed.init_distributed(recipe.train.device)
     set_up(device, recipe.train)
     # --- pretrained weights, pairs and held-out sets
-    weights = load_pretrained(recipe, folder, resume, prepared.weights)
-    source = open_training_source(recipe, extensions.sources)
-    held_out = prepared.held_out or HeldOutSets(recipe, extensions.sources)
+    weights = load_pretrained(recipe.finetune, folder, resume, prepared.weights)
+    source = open_training_source(recipe.data, recipe.seed, extensions.sources)
+    held_out = prepared.held_out or HeldOutSets(recipe.data, extensions.sources)
     # --- the recipe, which does not change from here on
 
     def resolved() -> Recipe:
@@ -106,15 +106,15 @@ def assemble(
     torch.manual_seed(recipe.seed)
     encoder = weights.encoder if weights is not None else None
     if encoder is None and resume:  # a resumed run reads its text encoder from its own checkpoint
-        encoder = run_folder.kept_encoder(recipe, folder)
+        encoder = run_folder.kept_encoder(recipe.text, folder)
     model = _build_model(recipe, encoder, device)
     model.image_tower.refuse_size(recipe.image.model, recipe.image.size)
     objective = Objective(recipe, model, extensions.terms).to(device)
     objective.attach(model)
-    pretrained = apply_pretrained(weights, recipe, model, objective)
+    pretrained = apply_pretrained(weights, model, objective)
     objective.prepare(source, model)
     # --- learner and optimizer
-    learner = build_learner(recipe, model, objective)
+    learner = build_learner(model, objective)
     multipliers = pretrained.multipliers if pretrained is not None else {}
     trained = named_trainable(model, objective)
     built = build_optimizer(
@@ -126,8 +126,9 @@ def assemble(
     # --- loader and held-out sets
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     workers = auto_workers(threads) if recipe.data.workers == "auto" else recipe.data.workers
-    loader = build_loader(recipe, source, model, workers, extensions)
-    samples = sample_hashes(recipe, source, held_out)
+    loader = build_loader(source, model, objective, workers, extensions.augment)
+    tasks = held_out.tasks(recipe.evaluation, final=True)
+    samples = sample_hashes(source, held_out, tasks)
     # --- the run folder, and the checkpoint in it
     state = RunState(
         recipe, folder, extensions, hosts, source, held_out, model, objective, pretrained, learner, built,
@@ -162,29 +163,25 @@ def auto_workers(training: int) -> int:
     return max(0, min(MOST_LOADERS, own - training))
 
 
-def plan_of(recipe: Recipe, terms: Terms = NO_TERMS) -> Plan:
-    """Plan the views of a pair that the losses of a recipe need."""
-    return plan_views(recipe, needs_of(recipe, terms))
-
-
 def build_loader(
-    recipe: Recipe,
     source: PairSource,
     model: DualEncoder,
+    objective: Objective,
     workers: int = 0,
-    extensions: Extensions = NO_EXTENSIONS,
+    augment: Augment | None = None,
 ) -> PairLoader:
-    """Build the loader of a recipe; its `step` is that of the next batch."""
+    """Build the loader of the objective's recipe; its `step` is that of the next batch."""
+    recipe = objective.recipe
     assembler = Assembler(
         source,
         model.tokenizer,
-        plan_of(recipe, extensions.terms),
+        plan_views(recipe, objective.needs),
         batch_size=recipe.train.batch_size,
         seed=recipe.seed,
         shuffle_buffer=recipe.data.shuffle_buffer,
         rank=distributed.rank(),
         ranks=distributed.world_size(),
-        augment=extensions.augment,
+        augment=augment,
     )
     cuda = model.device.type == "cuda"
     return PairLoader(

@@ -28,7 +28,7 @@ TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of eac
 
 def estimate(recipe: Recipe, terms: Terms = NO_TERMS) -> str:
     """Estimate the time and memory of the run of a recipe, in a sentence."""
-    source = open_training_source(recipe)
+    source = open_training_source(recipe.data, recipe.seed)
     recipe = resolve(recipe, Facts(pairs=len(source)))
     train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
     refuse_broken(source, recipe.data.max_broken_fraction)
@@ -38,7 +38,7 @@ def estimate(recipe: Recipe, terms: Terms = NO_TERMS) -> str:
     with TemporaryDirectory() as folder:
         state = assemble(small, Path(folder) / "run", extensions=Extensions(terms=terms))
         steps = train.steps * fmean(step_seconds(state, 1, TIMED))
-        sets = map(state.held_out.test, state.held_out.tasks(state.recipe, final=False))
+        sets = map(state.held_out.test, state.held_out.tasks(state.recipe.evaluation, final=False))
         count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
         evaluations = count * sum(encoding_seconds(state.model, pairs) for pairs in sets)
         memory = _peak(state.model.device) / 2**30

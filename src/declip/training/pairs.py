@@ -1,7 +1,7 @@
 """The pairs of a run: training pairs and held-out sets are opened, and a sample is checked before the first step."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, with_classes
 from declip.evaluation.held_out import HeldOutSets
 from declip.interchange.fitted import read_heads
-from declip.recipe.schema import Recipe
+from declip.recipe.schema import Data, Recipe
 from declip.runs.fitted import FittedRun, is_fitted
 from declip.runs.folder import RECIPE, Run, log, read_recipe
 
@@ -30,9 +30,8 @@ TRAINING = "training pairs"
 MODEL_FOLDERS = ("checkpoints", "exported")  # of a run, with a folder of each model
 
 
-def open_training_source(recipe: Recipe, sources: Sources = NO_SOURCES) -> PairSource:
+def open_training_source(data: Data, seed: int, sources: Sources = NO_SOURCES) -> PairSource:
     """Open the training pairs, of a source with splits those of "train", limited to `data.max_pairs` by the seed."""
-    data = recipe.data
     names = [data.source] if isinstance(data.source, str) else data.source
     parts = [training_part(open_source(name, Columns.of(data), sources)) for name in names]
     source = parts[0] if isinstance(data.source, str) else Joined(parts)
@@ -40,15 +39,15 @@ def open_training_source(recipe: Recipe, sources: Sources = NO_SOURCES) -> PairS
         raise UserError(
             f"data.columns.group names a column of a table, which '{source.name}' is not. Leave it out."
         )
-    return source if data.max_pairs is None else take(source, data.max_pairs, recipe.seed)
+    return source if data.max_pairs is None else take(source, data.max_pairs, seed)
 
 
 def sample_hashes(
-    recipe: Recipe, source: PairSource, held_out: HeldOutSets
+    source: PairSource, held_out: HeldOutSets, tasks: Mapping[str, list[str]]
 ) -> dict[str, list[str]]:
     """Open every held-out set, to find an unusable one before training, and hash it and the training pairs."""
     sets = {TRAINING: source}
-    for name, protocols in held_out.tasks(recipe, final=True).items():
+    for name, protocols in tasks.items():
         sets[name] = held_out.test(name)
         if "zero-shot" in protocols:
             with_classes(sets[name])
@@ -93,9 +92,8 @@ def recipe_of(folder: Path) -> Recipe:
     return read_recipe(folder)
 
 
-def pair_names(recipe: Recipe) -> list[str]:
-    """Return the names of a recipe's pairs; of a list of pairs, the source that it refers to. Opens no source."""
-    given = recipe.data.source
+def pair_names(given: str | tuple[str, ...]) -> list[str]:
+    """Return the names of sources; of a list of pairs, the source that it refers to. Opens no source."""
     names = []
     for name in [given] if isinstance(given, str) else given:
         path = Path(name).expanduser()
@@ -113,7 +111,7 @@ def warn_of_training_pairs(model: object, datasets: Iterable[Dataset]) -> None:
     if folder is None:
         return
     try:
-        names = pair_names(recipe_of(folder))
+        names = pair_names(recipe_of(folder).data.source)
     except UserError:  # not the recipe of a run: nothing is known of its pairs
         return
     for dataset in datasets:

@@ -22,7 +22,7 @@ from declip.errors import UserError
 from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
 from declip.models.layers import blocks_of, grad_checkpointing, is_frozen
-from declip.recipe.schema import Recipe, Train
+from declip.recipe.schema import Train
 from declip.runs.checkpoint import without_prefix
 from declip.runs.folder import log
 from declip.supervision.contrastive import to_float32
@@ -60,10 +60,10 @@ class Learner(nn.Module):
         return torch.autocast(self.mean.device.type, torch.bfloat16, enabled=enabled)
 
 
-def build_learner(recipe: Recipe, model: DualEncoder, objective: Objective) -> nn.Module:
+def build_learner(model: DualEncoder, objective: Objective) -> nn.Module:
     """Build a `Learner`, or DDP around it, distributed as the recipe says; model and objective are changed in place."""
-    _check(recipe, model)
-    train, learner = recipe.train, Learner(model, objective)
+    train, learner = objective.recipe.train, Learner(model, objective)
+    _check(train, model)
     chunk = grad_cache_chunk(train)
     if train.channels_last and (train.strategy == "ddp" or distributed.world_size() == 1):
         model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
@@ -117,8 +117,8 @@ def grad_cache_chunk(train: Train) -> int | None:
     return None if chunk is None or pairs <= chunk else chunk
 
 
-def _check(recipe: Recipe, model: DualEncoder) -> None:
-    train, ranks, chunk = recipe.train, distributed.world_size(), grad_cache_chunk(recipe.train)
+def _check(train: Train, model: DualEncoder) -> None:
+    ranks, chunk = distributed.world_size(), grad_cache_chunk(train)
     if train.batch_size < ranks:
         raise UserError(
             f"train.batch_size={train.batch_size} is less than the {ranks} processes. Increase it."
@@ -129,7 +129,7 @@ def _check(recipe: Recipe, model: DualEncoder) -> None:
         )
     if chunk and model.image_tower.has_batch_norm and distributed.is_rank_zero():
         log.warning(
-            f"train.grad_cache_chunk={chunk}: the batch norm of '{recipe.image.model}' sees each "
+            f"train.grad_cache_chunk={chunk}: the batch norm of '{model.recipe.image.model}' sees each "
             "chunk alone, so gradients are not exactly those of the whole batch; layer norm has no such difference."
         )
 

@@ -32,21 +32,21 @@ from declip.training.optimizer import LrMultiplier
 
 
 def load_pretrained(
-    recipe: Recipe, folder: Path, resume: bool, start: Weights | None = None
+    tune: FineTuning, folder: Path, resume: bool, start: Weights | None = None
 ) -> Weights | None:
     """Load a run's pretrained weights, if any: the copy in its folder when resuming, else `finetune.pretrained`.
 
     The latter are `start`, if they are read already.
     """
-    if recipe.finetune.pretrained is None:
+    if tune.pretrained is None:
         return None
     if resume and (folder / KEPT).is_file():
         return read_part(str(folder / KEPT))
-    start, names = start or read_start(recipe.finetune.pretrained), recipe.finetune.class_names
+    start = start or read_start(tune.pretrained)
+    if tune.class_names is None:
+        return start
     # Projections of other names are not those of the published weights.
-    return (
-        start if names is None else replace(start, classes=start.named_classes(names), published="")
-    )
+    return replace(start, classes=start.named_classes(tune.class_names), published="")
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,13 @@ class Pretrained:
 
 
 def apply_pretrained(
-    start: Weights | None, recipe: Recipe, model: DualEncoder, objective: Objective
+    start: Weights | None, model: DualEncoder, objective: Objective
 ) -> Pretrained | None:
     """Load weights into a model and its heads, and freeze the pretrained part; None where all are random.
 
     Parameters that the weights lack stay random, are never frozen, and have the recipe's learning rate.
     """
+    recipe = objective.recipe
     tune = recipe.finetune
     # --- what is loaded
     loaded, heads, kept = set[str](), set[str](), dict[str, Tensor]()

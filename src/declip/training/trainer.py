@@ -300,7 +300,9 @@ class Trainer:
             run_folder.drop_rows(state.folder / run_folder.EVALUATIONS, after=progress.step - 1)
         best = progress.best if final and self.finished else None
         weights = {} if best is None else {"best_step": best.step}
-        tasks = state.hosts.on_rank_zero(partial(state.held_out.tasks, state.recipe, final))
+        tasks = state.hosts.on_rank_zero(
+            partial(state.held_out.tasks, state.recipe.evaluation, final)
+        )
         progress_shown = self.is_rank_zero and self.info.progress
         results = list[Result]()
         model = whole_model(state.learner)
@@ -341,7 +343,7 @@ class Trainer:
             for row in Run(self.state.folder, step).results
             if row.get("best_step", step) == best
         }
-        tasks = self.state.held_out.tasks(self.state.recipe, final=True)
+        tasks = self.state.held_out.tasks(self.state.recipe.evaluation, final=True)
         return all(done.issuperset(itertools.product([name], tasks[name])) for name in tasks)
 
     def save(self, monitor: Monitor) -> None:

@@ -17,6 +17,7 @@ from declip.evaluation.datasets import open_dataset
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
+from declip.supervision.objective import Objective
 from declip.training.assemble import build_loader
 from declip.training.pairs import open_training_source
 
@@ -107,40 +108,41 @@ def recipe_of(source, **data):
     return Recipe.model_validate({**TINY, "data": {"source": source, **data}})
 
 
+def opened_for(source, **data):
+    return open_training_source(recipe_of(source, **data).data, seed=0)
+
+
 def test_a_list_of_sources_is_joined(shards, table):
     recipe = recipe_of([str(table), str(shards)])
     assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
     assert recipe.data.label == f"{table} + {shards}"
-    source = open_training_source(recipe)
+    source = opened_for([str(table), str(shards)])
     assert (len(source), source.name) == (24 + 21, "shapes.jsonl + shards")
-    assert len(open_training_source(recipe_of([str(table), str(shards)], max_pairs=20))) == 20
+    assert len(opened_for([str(table), str(shards)], max_pairs=20)) == 20
 
 
 def test_one_source_stays_what_it_was_without_rows_of_other_splits(folder, shards, table):
     rows = str(write(folder / "t.csv", ROWS, NAMES))
-    assert captions(open_training_source(recipe_of(rows))) == ["one", "four"]
-    joined = open_training_source(recipe_of([rows, str(shards)]))
+    assert captions(opened_for(rows)) == ["one", "four"]
+    joined = opened_for([rows, str(shards)])
     assert (len(joined), joined[1].captions()) == (2 + 21, ("four",))
-    assert len(open_training_source(recipe_of(rows, max_pairs=2))) == 2
+    assert len(opened_for(rows, max_pairs=2)) == 2
     assert recipe_of(str(table)).data.label == str(table)
-    assert isinstance(open_training_source(recipe_of(str(shards))), ShardSource)
-    part = open_training_source(recipe_of(str(table), max_pairs=9))
+    assert isinstance(opened_for(str(shards)), ShardSource)
+    part = opened_for(str(table), max_pairs=9)
     assert part.indices.tolist() == sorted(
         np.random.default_rng((0, 24)).permutation(24)[:9].tolist()
     )
-    refuses(
-        r"max_pairs=25, but 'shapes\.jsonl' has 24",
-        open_training_source,
-        recipe_of(str(table), max_pairs=25),
-    )
+    problem = r"max_pairs=25, but 'shapes\.jsonl' has 24"
+    refuses(problem, opened_for, str(table), max_pairs=25)
 
 
 def test_a_group_is_refused_where_no_source_is_a_table(shards, table):
     grouped = {"columns": {"group": "image"}, "max_pairs": 9}
     for source in (str(shards), str(table.parent), [str(shards), str(shards)]):
-        refuses(r"data\.columns\.group", open_training_source, recipe_of(source, **grouped))
+        refuses(r"data\.columns\.group", opened_for, source, **grouped)
     for source in (str(table), [str(shards), str(table)]):
-        assert groups_of(open_training_source(recipe_of(source, **grouped))).any()
+        assert groups_of(opened_for(source, **grouped)).any()
 
 
 def test_a_milder_contrastive_view_is_one_more(table):
@@ -156,9 +158,9 @@ def test_a_milder_contrastive_view_is_one_more(table):
         recipe = Recipe.model_validate(
             tiny_tree(table, "slip", views={"contrastive_view": contrastive})
         )
-        with build_loader(
-            recipe, open_training_source(recipe), DualEncoder.from_recipe(recipe)
-        ) as loader:
+        model = DualEncoder.from_recipe(recipe)
+        pairs = opened_for(str(table))
+        with build_loader(pairs, model, Objective(recipe, model)) as loader:
             return next(loader).views
 
     three = views(mild)
