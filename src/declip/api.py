@@ -12,7 +12,7 @@ from declip.comparison.tuning import Grid, tune_study
 from declip.data.columns import DEFAULT, Columns
 from declip.data.loader import Augment
 from declip.data.pair import PairSource
-from declip.data.sources.open import name_sources
+from declip.data.sources.open import held_out_sets, name_sources
 from declip.data.sources.python_items import Items
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, open_dataset
@@ -30,7 +30,7 @@ from declip.runs.folder import Run
 from declip.supervision.objective import Terms
 from declip.supervision.term import Term
 from declip.training import distributed
-from declip.training.assemble import assemble, held_out_sets
+from declip.training.assemble import assemble
 from declip.training.optimizer import OptimizerFactory
 from declip.training.pairs import warn_of_training_pairs
 from declip.training.sinks import Sink

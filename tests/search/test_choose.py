@@ -230,7 +230,8 @@ def test_the_package_and_its_commands_import_no_torch():
         ("import declip.cli.app", "torch scipy numpy pydantic yaml jinja2"),
         ("import declip.search.info", "torch scipy huggingface_hub"),
         ("import declip.comparison.study, declip.finetuning.request", "torch timm"),
-    ) == ["", "", "", ""]
+        ("import declip.finetuning.run", "torch.distributed.tensor scipy.optimize timm"),
+    ) == ["", "", "", "", ""]
 
 
 def test_a_text_search_builds_no_image_tower(folder, tmp_path):

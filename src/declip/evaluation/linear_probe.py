@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -123,6 +122,8 @@ class LogisticProblem:
 
         It ends when an iteration lowers the loss by less than the tolerance, a fraction of the loss.
         """
+        from scipy.optimize import minimize  # half a second, which other tasks need not wait for
+
         vectors = 2 if len(self.present) == 2 else 1
         penalty = torch.full_like(self.spread, vectors / (C * len(self.labels)))
         penalty[-1] = 0

@@ -11,16 +11,14 @@ from declip.data.columns import Columns
 from declip.data.pair import PairSource
 from declip.data.sources.checks import caption_warnings
 from declip.data.sources.names import absolute
-from declip.data.sources.open import NO_SOURCES, Sources, name_sources, open_source
+from declip.data.sources.open import NO_SOURCES, Sources, held_out_sets, name_sources, open_source
 from declip.data.sources.python_items import Items
 from declip.data.sources.subset import LIST_KIND, Lists, Subset, read_pair_list, splits_of
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.held_out import HeldOutSets
-from declip.finetuning import outputs
 from declip.finetuning.request import FINETUNED, Request
 from declip.finetuning.split import Split, choose_pairs, open_lists, pairs_of
-from declip.finetuning.wise_ft import mix_with_start
 from declip.fitting.run import FitTask, run_fit
 from declip.inspection.split import check_copies
 from declip.interchange import starter
@@ -39,11 +37,8 @@ from declip.runs.existing import RECIPE, check_run_folder, moved_lists
 from declip.runs.fitted import FittedRun, is_fitted
 from declip.runs.folder import LOCK, Run, lock_folder, log
 from declip.training import distributed
-from declip.training.assemble import assemble, held_out_sets
 from declip.training.distributed import HostGroup
 from declip.training.pairs import open_training_source
-from declip.training.state import NOTHING_PREPARED, Extensions, Prepared
-from declip.training.trainer import Trainer
 
 ANY_PAIRS = 1_000  # a number of pairs to check keys with, before the pairs are read
 
@@ -210,6 +205,13 @@ def _train_towers(
     start: Start, folder: Path, resume: bool, progress: bool, sources: Sources, hosts: HostGroup
 ) -> Run:
     """Train towers by gradient steps, or continue such a run."""
+    # A fit of heads needs none of these
+    from declip.finetuning.outputs import write_finetuned
+    from declip.finetuning.wise_ft import mix_with_start
+    from declip.training.assemble import assemble
+    from declip.training.state import NOTHING_PREPARED, Extensions, Prepared
+    from declip.training.trainer import Trainer
+
     request = start.request
     with ExitStack() as held:
         prepared = NOTHING_PREPARED
@@ -242,7 +244,7 @@ def _train_towers(
 
         def finish(folder: Path, model: DualEncoder) -> None:
             mixed = mix_with_start(folder, state.held_out, progress) if mixes else None
-            outputs.write_finetuned(folder, model if mixed is None else mixed, state.held_out)
+            write_finetuned(folder, model if mixed is None else mixed, state.held_out)
 
         return Trainer(state, progress).train(finish)
 

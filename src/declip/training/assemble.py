@@ -1,10 +1,8 @@
 """Assembly of a run from a recipe: all checks are made here, before the first step."""
 
 import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,16 +40,6 @@ from declip.training.state import (
 from declip.training.trackers import check_trackers
 
 MOST_LOADERS = 32  # loader processes of a training process: each holds two batches in shared memory
-
-
-def held_out_sets(given: Any) -> list[Any]:
-    """A list of held-out sets; a list of dicts or (image, caption) is one set."""
-    if given is None:
-        return []
-    if not isinstance(given, list | tuple):
-        return [given]
-    is_one = any(isinstance(item, Mapping | tuple) for item in given)
-    return [given] if is_one else list(given)
 
 
 def set_up(device: torch.device, train: Train) -> None:

@@ -23,6 +23,16 @@ Sources = Mapping[str, PairSource | Items]
 NO_SOURCES: Sources = MappingProxyType({})
 
 
+def held_out_sets(given: Any) -> list[Any]:
+    """A list of held-out sets; a list of dicts or (image, caption) is one set."""
+    if given is None:
+        return []
+    if not isinstance(given, list | tuple):
+        return [given]
+    is_one = any(isinstance(item, Mapping | tuple) for item in given)
+    return [given] if is_one else list(given)
+
+
 def name_sources(*given: Any) -> tuple[list[Any], Sources]:
     """Name Python objects, for a recipe; strings, paths and None stay as they are."""
     names, sources = list[Any](given), dict[str, Any]()
