@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from conftest import refuses
-from declip.data.batch import PairBatch, Photometric, View, pack_photometric
+from declip.data.batch import PHOTOMETRIC_WIDTH, PairBatch, View
 from declip.data.pair import EXAMPLES_KEPT, BrokenPair, SkipCounter
-
-PLAIN = Photometric(1.0, 1.0, 1.0, 0.0, (3, 1, 0, 2), True, False, 0.5)
 
 
 def parts(**other):
@@ -28,7 +26,7 @@ def test_moving_takes_every_tensor_and_leaves_the_plan_of_the_work_on_the_host()
     labels = torch.full((3, 8), -100)
     labels[0, 2] = labels[2, 5] = 7
     lengths = torch.tensor([[4, 8, 6], [4, 3, 6]])
-    raw = View(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), pack_photometric([PLAIN] * 3))
+    raw = View(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, PHOTOMETRIC_WIDTH))
     batch = PairBatch(
         **parts(views={"first": raw}, labels=labels, lengths=lengths), skipped=[broken]
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,53 +19,32 @@ IGNORED = -100  # label of a token that is not to be predicted, the default of t
 MASK_PROBABILITY = 0.15  # fraction of the tokens that are masked or replaced, as in BERT
 
 
-class Photometric(NamedTuple):
-    """The photometric parameters of one image."""
-
-    brightness: float  # factor, 1 leaves the image as it is
-    contrast: float  # factor
-    saturation: float  # factor
-    hue: float  # shift in turns of the color circle, -0.5 to 0.5
-    order: tuple[int, int, int, int]  # the operations by number (0 brightness ... 3 hue)
-    jitter: bool  # whether the four are applied at all
-    gray: bool
-    sigma: float  # of the blur, in pixels; 0 is no blur
-
-
 PHOTOMETRIC_WIDTH = 11  # numbers of one image: 4 factors, 4 operations, jitter, gray, sigma
 
 
-class PhotometricColumns(NamedTuple):
+class Photometric(NamedTuple):
     """The photometric parameters of n images by their meaning, on the host."""
 
-    factors: Tensor  # (n, 4) float32: brightness, contrast, saturation, hue
-    order: Tensor  # (n, 4) int64
-    jitter: Tensor  # (n,) bool
+    # (n, 4) float32: of brightness, contrast and saturation, where 1 leaves an image as it is, and the shift of the hue
+    # in turns of the color circle, -0.5 to 0.5
+    factors: Tensor
+    order: Tensor  # (n, 4) int64, the operations by number (0 brightness ... 3 hue)
+    jitter: Tensor  # (n,) bool, whether the four are applied at all
     gray: Tensor  # (n,) bool
-    sigma: Tensor  # (n,) float32
+    sigma: Tensor  # (n,) float32, of the blur, in pixels; 0 is no blur
 
 
-def pack_photometric(images: Sequence[Photometric]) -> Tensor:
-    """Pack the parameters of n images into one tensor (n, PHOTOMETRIC_WIDTH) float32.
+def unpack_photometric(packed: Tensor) -> Photometric:
+    """The parameters of n images by their rows of numbers (n, PHOTOMETRIC_WIDTH), see `ViewTransform.sample_params`.
 
-    A tensor that a loader process sends holds a file descriptor, so that a batch should have few.
+    Between processes they are one tensor, since each that a loader process sends holds a file descriptor.
     """
-    rows = []
-    for image in images:
-        factors = (image.brightness, image.contrast, image.saturation, image.hue)
-        rows.append((*factors, *image.order, image.jitter, image.gray, image.sigma))
-    return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), PHOTOMETRIC_WIDTH)
-
-
-def unpack_photometric(packed: Tensor) -> PhotometricColumns:
-    """Return the columns of `pack_photometric`."""
-    factors, order, jitter, gray, sigma = packed.split([4, 4, 1, 1, 1], dim=1)
-    return PhotometricColumns(
-        factors=factors,
-        order=order.long(),
-        jitter=jitter.squeeze(1).bool(),
-        gray=gray.squeeze(1).bool(),
-        sigma=sigma.squeeze(1),
+    return Photometric(
+        factors=packed[:, :4],
+        order=packed[:, 4:8].long(),
+        jitter=packed[:, 8].bool(),
+        gray=packed[:, 9].bool(),
+        sigma=packed[:, 10],
     )
 
 
@@ -76,8 +55,8 @@ class View:
     Attributes:
         pixels: (B, 3, S, S): float, normalized; or uint8 together with `photometric`, to be
             finished by `declip.data.images.views.apply_photometric` on the device.
-        photometric: (B, PHOTOMETRIC_WIDTH) float32 from `pack_photometric`, the operations still
-            to be applied to uint8 pixels; it stays on the host, where work is planned.
+        photometric: (B, PHOTOMETRIC_WIDTH) float32, the operations still to be applied to uint8
+            pixels, see `unpack_photometric`; it stays on the host, where work is planned.
     """
 
     pixels: Tensor
@@ -119,9 +98,11 @@ class PairBatch:
     skipped: list[BrokenPair] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.views = {
-            n: View(view) if isinstance(view, Tensor) else view for n, view in self.views.items()
-        }
+        views = dict(self.views)
+        for name, view in views.items():
+            if isinstance(view, Tensor):
+                views[name] = View(view)
+        self.views = views
         sizes = {name: len(view) for name, view in self.views.items()}
         if self.texts.ndim != 3 or set(sizes.values()) != {len(self)}:
             raise UserError(
@@ -131,10 +112,12 @@ class PairBatch:
         shapes = {
             "texts": (texts, pairs, length),
             "lengths": (texts, pairs),
+            "masked": (pairs, length),
+            "labels": (pairs, length),
             "sample_ids": (pairs,),
+            "duplicate_ids": (pairs, 2),
         }
-        shapes["duplicate_ids"] = (pairs, 2)
-        for name, shape in (shapes | dict.fromkeys(("masked", "labels"), (pairs, length))).items():
+        for name, shape in shapes.items():
             ids = getattr(self, name)
             if ids is not None and (tuple(ids.shape) != shape or ids.dtype != torch.int64):
                 raise UserError(
@@ -163,21 +146,20 @@ class PairBatch:
         tensors = self._tensors()
         # Their positions change with the number of rows; `to` finds them again.
         tensors.pop("mask_positions", None)
-        sliced = {
-            n: t[:, start:stop] if n in ("texts", "lengths") else t[start:stop]
-            for n, t in tensors.items()
-        }
-        views = {name: view.rows(start, stop) for name, view in self.views.items()}
-        return replace(self, views=views, **sliced, mask_positions=None, skipped=[])
+        for name, tensor in tensors.items():
+            by_text = name in ("texts", "lengths")  # (T, B, …)
+            tensors[name] = tensor[:, start:stop] if by_text else tensor[start:stop]
+        views = {}
+        for name, view in self.views.items():
+            views[name] = view.rows(start, stop)
+        return replace(self, views=views, **tensors, mask_positions=None, skipped=[])
 
     def without_images(self) -> PairBatch:
         """The same batch with views of the same shape on torch's "meta" device, which hold nothing."""
-        return replace(
-            self,
-            views={
-                n: View(torch.empty(v.pixels.shape, device="meta")) for n, v in self.views.items()
-            },
-        )
+        views = {}
+        for name, view in self.views.items():
+            views[name] = View(torch.empty(view.pixels.shape, device="meta"))
+        return replace(self, views=views)
 
     def pin_memory(self) -> PairBatch:
         """Copy the tensors to page-locked memory, from which copies to an accelerator need no wait."""
@@ -192,13 +174,15 @@ class PairBatch:
         views = {}
         for name, view in self.views.items():
             views[name] = replace(view, pixels=function(view.pixels))
-        tensors: dict[str, Any] = {
-            name: function(tensor) for name, tensor in self._tensors().items()
-        }
+        tensors = self._tensors()
+        for name, tensor in tensors.items():
+            tensors[name] = function(tensor)
         return replace(self, views=views, **tensors)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def _tensors(self) -> dict[str, Any]:
+        """The tensors but those of the views, by their names."""
+        named = vars(self).items()
+        return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -249,8 +233,12 @@ def length_step(train: Train) -> int:
 def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
     """Derive the views that the losses of a recipe need."""
     needs = list(needs)
-    wanted: set[str] = set().union(*(need.views | need.optional_views for need in needs))
-    size, views, interpolation = recipe.image.size, recipe.views, recipe.image.interpolation
+    wanted = set[str]()
+    for need in needs:
+        wanted |= need.views | need.optional_views
+    size = recipe.image.size
+    views = recipe.views
+    interpolation = recipe.image.interpolation
     if not views.image_second:
         if any("second" in need.views for need in needs):
             raise UserError(

@@ -64,18 +64,21 @@ class MissingColumns(UserError):
         self, table: str, columns: Sequence[str], missing: Missing, form: str = IN_PYTHON
     ) -> None:
         super().__init__(table, columns, missing, form)
-        self.table, self.columns, self.missing, self.form = table, columns, missing, form
+        self.table = table
+        self.columns = columns
+        self.missing = missing
+        self.form = form
 
     def __str__(self) -> str:
-        from declip.data.pair import (
-            printable,
-        )  # here, because it loads NumPy and YAML, and commands import this file
+        # Here, because it loads NumPy and YAML, and commands import this file
+        from declip.data.pair import printable
 
         lacks = " and ".join(
-            f"no column '{name}'" + f" for the {w}" * (name != w)
-            for name, w in self.missing.items()
+            f"no column '{name}'" + f" for the {what}" * (name != what)
+            for name, what in self.missing.items()
         )
-        forms = " ".join(map(self.form.format, dict.fromkeys(self.missing.values())))
+        kinds = dict.fromkeys(self.missing.values())
+        forms = " ".join(self.form.format(kind) for kind in kinds)
         exist = ", ".join(f"'{printable(name[:40])}'" for name in self.columns[:30]) or "none"
         problem = f"The table '{self.table}' has {lacks}. Its columns: {exist}."
         return f"{problem} Rename columns{', or name them: ' if self.form else ''}{forms}."

@@ -5,18 +5,18 @@ A batch is a pure function of the seed and the step. The seed (seed, epoch, i) b
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from itertools import chain, count
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from declip.data.batch import IGNORED, PairBatch, Photometric, Plan, View, pack_photometric
+from declip.data.batch import IGNORED, PHOTOMETRIC_WIDTH, PairBatch, Plan, View
 from declip.data.images.views import Crop, ViewTransform
 from declip.data.order import Order
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
@@ -56,109 +56,112 @@ class Assembler:
             problem = f"'{self.source.name}' holds {len(self.source)} pairs, fewer than one batch of {self.batch_size}."
             raise UserError(f"{problem} Set a smaller train.batch_size, or add pairs.")
         self.transforms = [ViewTransform(*spec[1:]) for spec in self.plan.views]
-        self.groups = groups_of(self.source) if self.plan.duplicates else np.empty(0, np.int64)
+        self.groups = groups_of(self.source) if self.plan.duplicates else None
         order = Order(self.source, self.batch_size, self.seed, self.shuffle_buffer)
-        self.steps_per_epoch, self.indices = order.steps_per_epoch, order.indices
+        self.steps_per_epoch = order.steps_per_epoch
+        self.indices = order.indices
 
     def __getitem__(self, step: int) -> PairBatch:
         """Build this rank's part of the batch of a step; `skipped` has its broken pairs."""
-        samples, skipped = list[_Sample](), list[BrokenPair]()
-        for index in np.array_split(self.indices(step), self.ranks)[self.rank].tolist():
+        samples = list[_Sample]()
+        skipped = list[BrokenPair]()
+        epoch = step // self.steps_per_epoch
+        parts = np.array_split(self.indices(step), self.ranks)
+        for index in parts[self.rank].tolist():
             try:
-                samples.append(self.sample(index, step // self.steps_per_epoch))
+                samples.append(self.sample(index, epoch))
             except BrokenPair as broken:
                 skipped.append(broken)
         return self.collate(samples, skipped)
 
     def _texts(self, captions: Sequence[str], generator: np.random.Generator) -> list[str]:
-        chosen, second = int(generator.integers(len(captions))), self.plan.text.second_view
+        chosen = int(generator.integers(len(captions)))
         text = captions[chosen]
         if self.plan.texts == 1:
             return [text]
-        if second == "caption" and len(captions) > 1:
+        if self.plan.text.second_view == "caption" and len(captions) > 1:
             other = int(generator.integers(len(captions) - 1))
             return [text, captions[other + (other >= chosen)]]
-        return [text, text if second == "same" else augment(text, generator)]
+        return [text, augment(text, generator)]
 
     def sample(self, index: int, epoch: int) -> _Sample:
         """Read a pair, make every random choice about its views, decode it; raises `BrokenPair`."""
         pair = self.source[index]
-        captions, image = pair.captions(), pair.open()
+        captions = pair.captions()
+        image = pair.open()
         generator = np.random.default_rng((self.seed, epoch, index))
         # --- texts, mask, then image views: the order in which random numbers are drawn is part of the result
-        rows = [self.tokenizer.encode(t) for t in self._texts(captions, generator)]
-        # A tuple of integers has the same hash in every process.
-        same = [hash(tuple(rows[0])), int(self.groups[index])] if self.plan.duplicates else []
-        masked, labels = list[int](), list[int]()
-        if self.plan.mask_probability is not None:
-            masked, labels = mask_tokens(
-                rows[0], generator, self.tokenizer, self.plan.mask_probability
-            )
-        chosen = [
-            (t.sample_crop(*image.size, generator), t.sample_params(generator))
-            for t in self.transforms
-        ]
+        texts = self._texts(captions, generator)
+        rows = [self.tokenizer.encode(text) for text in texts]
+        same = list[int]()
+        masked = list[int]()
+        labels = list[int]()
+        if self.groups is not None:
+            # A tuple of integers has the same hash in every process.
+            same = [hash(tuple(rows[0])), int(self.groups[index])]
+        probability = self.plan.mask_probability
+        if probability is not None:
+            masked, labels = mask_tokens(rows[0], generator, self.tokenizer, probability)
+        crops = list[Crop]()
+        params = list[list[float]]()
+        for transform in self.transforms:
+            crops.append(transform.sample_crop(*image.size, generator))
+            params.append(transform.sample_params(generator))
         # --- pixels, only now that their crops are known
-        pixels = self._crop(image, [crop for crop, _ in chosen])
+        pixels = self._crop(image, crops)
         if self.augment is not None:
             pixels = [_augmented(self.augment, view, generator) for view in pixels]
-        params, id = [params for _, params in chosen], epoch * len(self.source) + index
+        id = epoch * len(self.source) + index
         return _Sample(pixels, params, rows, masked, labels, id, same)
 
     def _crop(self, image: LazyImage, crops: list[Crop]) -> list[torch.Tensor]:
         """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
         for scale in (*image.scales, 1):
-            reduced = [
-                (transform, crop.reduced(scale))
-                for transform, crop in zip(self.transforms, crops, strict=True)
-            ]
-            if scale == 1 or all(
-                min(crop.width, crop.height) >= transform.size for transform, crop in reduced
-            ):
+            reduced = [crop.reduced(scale) for crop in crops]
+            made = [*zip(self.transforms, reduced, strict=True)]
+            if all(min(crop.width, crop.height) >= transform.size for transform, crop in made):
                 break
         pixels = image.pixels(scale)
-        return [transform.crop_and_resize(pixels, crop) for transform, crop in reduced]
+        return [transform.crop_and_resize(pixels, crop) for transform, crop in made]
 
     def collate(self, samples: list[_Sample], skipped: list[BrokenPair]) -> PairBatch:
         """Stack the samples; every text is padded to the longest one's length, rounded up."""
-        views = {}
         # One tensor for all views, (V, B, PHOTOMETRIC_WIDTH), of which each view has its rows.
-        packed = []
-        for number in range(len(self.plan.views)):
-            packed.append(pack_photometric([sample.params[number] for sample in samples]))
-        params = torch.stack(packed)
+        params = torch.tensor([sample.params for sample in samples], dtype=torch.float32)
+        shape = len(samples), len(self.plan.views), PHOTOMETRIC_WIDTH
+        params = params.reshape(shape).transpose(0, 1).contiguous()
+        views = {}
         for number, spec in enumerate(self.plan.views):
-            crops = [sample.pixels[number] for sample in samples]
-            # In a worker this allocates memory shared with the training process, which copies nothing.
-            # (B, 3, S, S)
-            pixels = (
-                default_collate(crops)
-                if crops
-                else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
-            )
+            pixels = torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
+            if samples:
+                # In a worker this allocates memory shared with the training process, which copies nothing.
+                # (B, 3, S, S)
+                pixels = default_collate([sample.pixels[number] for sample in samples])
             views[spec.name] = View(pixels, params[number])
+        texts = []
+        for number in range(self.plan.texts):
+            texts.append([sample.rows[number] for sample in samples])
+        counts = [[len(ids) for ids in rows] for rows in texts]
         # One length for all texts, since the captions and their augmentations are encoded in one call.
-        longest = max((len(ids) for sample in samples for ids in sample.rows), default=1)
-        context = self.tokenizer.context
-        length = (
-            context
-            if self.plan.whole_context
-            else padded_length(longest, context, self.plan.length_step)
-        )
-        padding, masks = self.tokenizer.padding, self.plan.mask_probability is not None
-        same = torch.tensor([sample.same for sample in samples], dtype=torch.int64)
-        texts = [[sample.rows[number] for sample in samples] for number in range(self.plan.texts)]
-        return PairBatch(
+        length = self.tokenizer.context
+        if not self.plan.whole_context:
+            longest = max(chain.from_iterable(counts), default=1)
+            length = padded_length(longest, length, self.plan.length_step)
+        padding = self.tokenizer.padding
+        batch = PairBatch(
             views=views,
             texts=torch.stack([_pad(rows, length, padding) for rows in texts]),  # (T, B, L)
-            masked=_pad([sample.masked for sample in samples], length, padding) if masks else None,
-            labels=_pad([sample.labels for sample in samples], length, IGNORED) if masks else None,
-            # (T, B)
-            lengths=torch.tensor([[*map(len, rows)] for rows in texts], dtype=torch.int64),
-            sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
-            duplicate_ids=same.reshape(-1, 2) if self.plan.duplicates else None,  # (B, 2)
+            lengths=_integers(counts),  # (T, B)
+            sample_ids=_integers([sample.id for sample in samples]),
             skipped=skipped,
         )
+        if self.plan.mask_probability is not None:
+            batch.masked = _pad([sample.masked for sample in samples], length, padding)
+            batch.labels = _pad([sample.labels for sample in samples], length, IGNORED)
+        if self.plan.duplicates:
+            same = [sample.same for sample in samples]
+            batch.duplicate_ids = _integers(same).reshape(-1, 2)  # (B, 2)
+        return batch
 
 
 def _augmented(
@@ -182,7 +185,7 @@ class _Sample(NamedTuple):
     """One pair with every random choice made."""
 
     pixels: list[torch.Tensor]  # one per view, (3, S, S) uint8
-    params: list[Photometric]
+    params: list[list[float]]  # of each view, see `ViewTransform.sample_params`
     rows: list[list[int]]  # token ids of each text view
     masked: list[int]
     labels: list[int]
@@ -190,7 +193,11 @@ class _Sample(NamedTuple):
     same: list[int]  # `PairBatch.duplicate_ids`
 
 
-def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
+def _integers(values: Sequence[Any]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _pad(rows: Sequence[list[int]], length: int, value: int) -> torch.Tensor:
     padded = np.full((len(rows), length), value, dtype=np.int64)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row
@@ -210,8 +217,10 @@ class PairLoader(Iterator[PairBatch], AbstractContextManager["PairLoader"]):
     def __post_init__(self) -> None:
         self.step = self.start_step  # of the next batch
         # Of the batches yielded so far: the broken pairs, and the number of all pairs.
-        self.skipped, self.seen = SkipCounter(), 0
-        self.steps_per_epoch, self.indices = self.assembler.steps_per_epoch, self.assembler.indices
+        self.skipped = SkipCounter()
+        self.seen = 0
+        self.steps_per_epoch = self.assembler.steps_per_epoch
+        self.indices = self.assembler.indices
         self._batches: Iterator[PairBatch | UserError] | None = None
         self._closed = False
 
@@ -219,8 +228,8 @@ class PairLoader(Iterator[PairBatch], AbstractContextManager["PairLoader"]):
         if self._closed:
             raise StopIteration
         if self._batches is None:
-            work, steps = partial(_batch_or_error, self.assembler), itertools.count(self.step)
-            self._batches = imap(work, steps, self.workers, self.pin_memory)
+            work = partial(_batch_or_error, self.assembler)
+            self._batches = imap(work, count(self.step), self.workers, self.pin_memory)
         with naming_lost_workers(f" at step {self.step}"):
             batch = next(self._batches)
         if isinstance(batch, UserError):

@@ -15,9 +15,11 @@ from declip.io.cache import cached_table, table_path
 
 # Pairs shuffled together where shards are remote: five of img2dataset's shards
 SHUFFLE_BUFFER = 50_000
-BLOCKS_STREAM, GROUP_STREAM = 1, 2
+BLOCKS_STREAM = 1
+GROUP_STREAM = 2
 SHARED_FROM = 1_000_000  # pairs from which a machine's processes share a permutation
 ORDERS = "orders"  # its folder in the cache
+Layout = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Order:
@@ -29,13 +31,15 @@ class Order:
 
     def __init__(self, source: PairSource, batch_size: int, seed: int, buffer: int | None) -> None:
         buffer = SHUFFLE_BUFFER if buffer is None and source.remote else buffer
-        self.size, self.batch_size, self.seed = len(source), batch_size, seed
+        self.size = len(source)
+        self.batch_size = batch_size
+        self.seed = seed
         self.steps_per_epoch = self.size // batch_size  # complete batches
         self.buffered = buffer is not None
         self.blocks = source.shards() if self.buffered else np.array([self.size])
         self.groups = max(1, self.size // max(buffer or self.size, batch_size))
         # Those used last, which the next step needs too, by epoch.
-        self._layout: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._layout: dict[int, Layout] = {}
         self._group: dict[tuple[int, int], np.ndarray] = {}
 
     def generator(self, epoch: int, *stream: int) -> np.random.Generator:
@@ -45,39 +49,46 @@ class Order:
     def indices(self, step: int) -> np.ndarray:
         """The pairs of a step's batch, (batch_size,) int64."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        first, last = position * self.batch_size, (position + 1) * self.batch_size
+        first = position * self.batch_size
+        last = (position + 1) * self.batch_size
         *_, borders = self.layout(epoch)  # (groups + 1,)
-        groups = range(np.searchsorted(borders, first, "right") - 1, np.searchsorted(borders, last))
-        return np.concatenate(
-            [self.group(epoch, k)[max(0, first - borders[k]) : last - borders[k]] for k in groups]
-        )
+        lowest = np.searchsorted(borders, first, "right") - 1
+        parts = []
+        for number in range(lowest, np.searchsorted(borders, last)):
+            start = borders[number]
+            parts.append(self.group(epoch, number)[max(0, first - start) : last - start])
+        return np.concatenate(parts)
 
-    def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def layout(self, epoch: int) -> Layout:
         """The shards in an epoch's order, and the numbers of shards and of pairs before each group, (groups + 1,)."""
         if epoch not in self._layout:
             shards = self.generator(epoch, BLOCKS_STREAM).permutation(len(self.blocks))
             ends = np.cumsum(self.blocks[shards])  # (shards,)
             # A group ends with the shard that completes its share of the pairs.
             shares = np.arange(1, self.groups + 1) * self.size // self.groups
-            cuts = np.append(0, np.searchsorted(ends, shares) + 1)
-            self._layout = {epoch: (shards, cuts, np.append(0, ends[cuts[1:] - 1]))}
+            lasts = np.searchsorted(ends, shares)
+            cuts = np.append(0, lasts + 1)
+            borders = np.append(0, ends[lasts])
+            self._layout = {epoch: (shards, cuts, borders)}
         return self._layout[epoch]
 
     def group(self, epoch: int, group: int) -> np.ndarray:
         """The pairs of a group in their order, int64."""
-        if (epoch, group) not in self._group and not self.buffered:
+        if (epoch, group) in self._group:
+            return self._group[epoch, group]
+        if not self.buffered:
             shared = self.size >= SHARED_FROM
             order = self.shared_permutation(epoch) if shared else self.permutation(epoch)
-            self._group = {(epoch, group): order}
-        if (epoch, group) not in self._group:
+        else:
             shards, cuts, _ = self.layout(epoch)
             starts = np.cumsum(self.blocks) - self.blocks
             pieces = [np.empty(0, np.int64)]
             for shard in shards[cuts[group] : cuts[group + 1]]:
                 pieces.append(starts[shard] + np.arange(self.blocks[shard]))
             generator = self.generator(epoch, GROUP_STREAM, group)
-            self._group = {(epoch, group): generator.permutation(np.concatenate(pieces))}
-        return self._group[epoch, group]
+            order = generator.permutation(np.concatenate(pieces))
+        self._group = {(epoch, group): order}
+        return order
 
     def permutation(self, epoch: int) -> np.ndarray:
         """All pairs in the order of an epoch, (size,) int64."""

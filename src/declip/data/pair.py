@@ -21,8 +21,10 @@ T = TypeVar("T")
 
 # Characters of a caption, above which it is a page or a broken file, and captions of one image: public sets have five,
 # region descriptions fifty; more mean a wrong image column.
-LONGEST_CAPTION, MOST_CAPTIONS = 20_000, 10_000
-CONTROL, SURROGATE = re.compile("[\x00-\x1f\x7f-\x9f]"), re.compile("[\ud800-\udfff]")
+LONGEST_CAPTION = 20_000
+MOST_CAPTIONS = 10_000
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 # Characters of a key or detail in a message: a file can name its images as it likes
 MOST_SHOWN = 300
 EXAMPLES_KEPT = 5  # keys kept for each reason, enough to find the cause without a run's record growing with its data
@@ -48,9 +50,10 @@ class LazyImage:
 
     def reduced(self, least: float) -> np.ndarray:
         """As `pixels`, as small as decoding can make it without a side below `least`."""
-        return self.pixels(
-            next((scale for scale in self.scales if min(self.size) >= least * scale), 1)
-        )
+        for scale in self.scales:
+            if min(self.size) >= least * scale:
+                return self.pixels(scale)
+        return self.pixels()
 
 
 class BrokenPair(Exception):
@@ -201,33 +204,28 @@ class SkipCounter:
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as plain data, for `from_dict`."""
-        return {
-            "reasons": {
-                r: {"count": n, "examples": self.examples[r][:]}
-                for r, n in sorted(self.counts.items())
-            }
-        }
+        rows = {}
+        for reason, count in sorted(self.counts.items()):
+            rows[reason] = {"count": count, "examples": self.examples[reason][:]}
+        return {"reasons": rows}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> SkipCounter:
         """Rebuild a counter from `to_dict`."""
-        rows = state["reasons"]
-        return cls(
-            {r: row["count"] for r, row in rows.items()},
-            {r: list(row["examples"]) for r, row in rows.items()},
-        )
+        counter = cls()
+        for reason, row in state["reasons"].items():
+            counter.counts[reason] = row["count"]
+            counter.examples[reason] = list(row["examples"])
+        return counter
 
     def lines(self) -> list[str]:
         """A line for each reason: its count, a few keys, the first detail."""
-        details = {reason: f" ({detail})" for reason, detail in self.details.items() if detail}
-        keys = {
-            reason: ", ".join(examples) + details.get(reason, "")
-            for reason, examples in self.examples.items()
-        }
-        return [
-            f"{count:,} × {reason}, such as {keys[reason]}"
-            for reason, count in sorted(self.counts.items())
-        ]
+        lines = []
+        for reason, count in sorted(self.counts.items()):
+            keys = ", ".join(self.examples[reason])
+            detail = self.details.get(reason)
+            lines.append(f"{count:,} × {reason}, such as {keys}{f' ({detail})' if detail else ''}")
+        return lines
 
     def refuse(self, seen: int, allowed: float, name: str) -> None:
         """Raise an error if more pairs are broken than `data.max_broken_fraction` allows."""
@@ -247,7 +245,8 @@ class SkipCounter:
                 "To choose images and type captions: declip choose, and declip app MODEL FOLDER --caption captions.csv."
             ),
         }
-        return f"{'; '.join(self.lines())}.{''.join(remedies.get(reason, '') for reason in self.counts)}"
+        needed = [remedies.get(reason, "") for reason in self.counts]
+        return f"{'; '.join(self.lines())}.{''.join(needed)}"
 
 
 def as_texts(cell: Any, reason: str, key: str) -> list[str | None]:

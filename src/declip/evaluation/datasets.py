@@ -91,8 +91,10 @@ def with_classes(source: PairSource) -> LabeledSource:
         raise UserError(
             f"'{source.name}' has no classes. Use a dataset with labels, or the task 'retrieval'."
         )
-    labels, count = np.asarray(source.columns["label"]), len(source.class_names or ())
-    low, high = labels.min(initial=0), labels.max(initial=0)
+    labels = np.asarray(source.columns["label"])
+    count = len(source.class_names or ())
+    low = labels.min(initial=0)
+    high = labels.max(initial=0)
     if len(labels) != len(source) or count < 2 or low < 0 or high >= count:
         raise UserError(
             f"'{source.name}' has {len(labels)} labels, from {low} to {high}, and {count} `class_names` for "
@@ -105,7 +107,8 @@ def _by_name(given: str, label_column: str | None, columns: Columns, sources: So
     name, colon, path = given.partition(":")
     # --- a known dataset in a folder
     if name in NAMED and colon and label_column is None:
-        named, root = NAMED[name], Path(path).expanduser()
+        named = NAMED[name]
+        root = Path(path).expanduser()
         if not path or not root.is_dir():
             raise UserError(
                 f"There is no folder '{path}'. Write '{name}:PATH'; expected there: {named.files}."

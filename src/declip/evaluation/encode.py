@@ -166,7 +166,9 @@ def encode_source(
         own = how.share.own(batches)
         return list(encode_batches(model, source, read_row, own, how.workers, how.progress, encode))
 
-    rows, parts, skipped = list[Any](), list[Tensor](), SkipCounter()
+    rows = list[Any]()
+    parts = list[Tensor]()
+    skipped = SkipCounter()
     for features, read, broken in chain(*how.share.gather_parts(encode_own)):
         skipped.merge(broken)
         if read:
@@ -236,7 +238,9 @@ def encode_batches(
     stream = parallel_map(read_part, parts, workers, title, pinned)
     encode_all = encode or image_encoder(model)
     for batch in batches:
-        pixels, rows, skipped = list[Tensor](), list[Any](), SkipCounter()
+        pixels = list[Tensor]()
+        rows = list[Any]()
+        skipped = SkipCounter()
         for part, own, broken in islice(stream, math.ceil(len(batch) / size)):
             pixels += [] if part is None else [part]
             rows += own
@@ -274,7 +278,9 @@ def read_images(
     The pixels are normalized; those of a `LazyImage` and a model of declip are uint8, as `Preprocess.fast` makes them,
     and so are those that `read` returns.
     """
-    images, rows, skipped = list[Any](), list[Any](), SkipCounter()
+    images = list[Any]()
+    rows = list[Any]()
+    skipped = SkipCounter()
     for index in batch:
         try:
             image, row = read(int(index))

@@ -34,7 +34,8 @@ SCALES = (
     32.0,
     64.0,
 )  # candidates for the factor of scores before the softmax
-FOLDS, FEWEST = 5, 2  # folds, and images per class from which on the settings are weighted
+FOLDS = 5
+FEWEST = 2  # images per class from which on the settings are weighted
 TEMPERATURE = 4.0  # of the weights: images of a class are not independent
 MOST = 1_500  # images that settings are weighted on: the classifier is fitted to all
 
@@ -110,7 +111,8 @@ def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
 def halves(images: Tensor, width: int) -> Tensor:
     """(n, v + d), both halves with length 1; of features without negative values, as after a ReLU, the square roots."""
     # Roots are worth half a point of top-1: few large activations count less.
-    before, embedded = images[:, :width], images[:, width:]
+    before = images[:, :width]
+    embedded = images[:, width:]
     if width:
         rectified = before.amin(dim=1, keepdim=True) >= 0
         before = torch.where(rectified, before.clamp(min=0).sqrt(), before)

@@ -22,7 +22,8 @@ class HeldOutSets:
     """The held-out sets of a run by their names in its recipe; each is opened once, when it is first used."""
 
     def __init__(self, data: Data, sources: Sources = NO_SOURCES) -> None:
-        self.pairs, self.sources = Columns.of(data), sources
+        self.pairs = Columns.of(data)
+        self.sources = sources
         self.opened = dict[str, Dataset]()
 
     def dataset(self, name: str) -> Dataset:
@@ -71,7 +72,8 @@ class HeldOutSets:
         labels = source.columns.get("label")
         for index in range(min(FIRST, len(source))):
             with suppress(BrokenPair):
-                captions, names = source[index].captions(), source.class_names
+                captions = source[index].captions()
+                names = source.class_names
                 if labels is None or names is None or captions != (names[labels[index]],):
                     return True
         return False

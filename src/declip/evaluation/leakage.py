@@ -15,7 +15,9 @@ ALIKE = 0.5
 # other images of an object, at most: the mean, and of all images
 MOST_OTHERS = 20
 MOST_SHARE = 0.05
-LEAST_REPEATED, FEWEST = 0.1, 10  # fraction and number of images whose value is repeated
+# Fraction and number of images whose value is repeated
+LEAST_REPEATED = 0.1
+FEWEST = 10
 # images compared, those whose nearest are looked for, and at a time
 MOST = 20_000
 QUERIES = 1_000

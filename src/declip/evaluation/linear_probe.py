@@ -60,7 +60,8 @@ class LogisticFit:
         targets = torch.searchsorted(self.present, labels).where(known, -1)
         size = max(1, BLOCK // len(self.present))
         blocks = zip(rows.features.split(size), targets.split(size), strict=True)
-        right, total = [], 0.0
+        right = []
+        total = 0.0
         for part, wanted in blocks:
             scores = self.scores(part)
             best = scores.max(1)
@@ -105,7 +106,8 @@ class LogisticProblem:
             raise UserError(
                 "Some features are infinite or not a number, so no probe can be fitted on them."
             )
-        self.mean, centered = mean.double(), features - mean
+        self.mean = mean.double()
+        centered = features - mean
         # (sample, d) for the covariance, whose axes and spreads are those of the coordinates
         stride = max(1, len(labels) // max(SAMPLE, 8 * len(mean)))
         sample = centered[::stride].double()
@@ -221,7 +223,9 @@ def linear_probe(
     This is CLIP's protocol (Radford et al. 2021, appendix A.3): features before the projection, not normalized, no
     augmentation, L-BFGS with at most 1,000 iterations. The dataset has passed `check_probe`.
     """
-    parts, skipped, held_out = dict[str, Labeled](), Counter[str](), "validation split"
+    parts = dict[str, Labeled]()
+    skipped = Counter[str]()
+    held_out = "validation split"
     for which, source in check_splits(dataset, "linear").items():
         encoded = encode(source)
         labels = np.asarray(source.columns["label"], np.int64)[encoded.indices]
@@ -229,7 +233,8 @@ def linear_probe(
         skipped.update(encoded.skipped.counts)
     # --- without a validation split: a fifth of each class's training images, with a fixed seed
     if "validation" not in parts:
-        held_out, train = "fifth of train", parts["train"]
+        held_out = "fifth of train"
+        train = parts["train"]
         chosen = sample_per_class(train.labels.numpy(), _fifth)
         parts |= {"validation": train.take(chosen), "train": train.take(~chosen)}
     # --- C, on the training images alone; then the last fit, on training and validation images

@@ -94,7 +94,8 @@ class SharedFeatures:
         return [linear_probe(self.dataset, before_projection, probing)]
 
     def zero_shot(self) -> list[ZeroShotResult]:
-        source, options = with_classes(self.dataset.split("test")), self.options
+        source = with_classes(self.dataset.split("test"))
+        options = self.options
         name, templates = read_templates(options.templates or self.dataset.templates)
         if (scorer := self.model.token_scorer) is not None:
             names = list(dict.fromkeys(source.class_names))
@@ -109,7 +110,8 @@ class SharedFeatures:
         return [classify(self.test, labels, classes, templates=name)]
 
     def retrieval(self) -> list[RetrievalResult]:
-        source, features = self.dataset.split("test"), self.test
+        source = self.dataset.split("test")
+        features = self.test
         # retrieval also uses pairs without a class
         if isinstance(source, Classified) and source.captioned and source.broken:
             features = self._encode(Subset(source.source, source.indices), texts=True)
@@ -117,8 +119,10 @@ class SharedFeatures:
         return [retrieve(features, logit_scale(self.model) if trained else None)]
 
     def few_shot(self) -> list[FewShotResult]:
-        splits, options = check_splits(self.dataset, "few-shot"), self.options
-        train, test = splits["train"], splits["test"]
+        splits = check_splits(self.dataset, "few-shot")
+        options = self.options
+        train = splits["train"]
+        test = splits["test"]
         # --- features of the images of all draws, of the test images and of the names
         labels = np.asarray(train.columns["label"], dtype=np.int64)
         draws = {
@@ -244,7 +248,8 @@ def evaluate_suite(
     if task not in ("zero-shot", "linear"):
         raise unknown("task of paper11", task, ("zero-shot", "linear"))
     root = Path(dataset.removeprefix(PREFIX)).expanduser()
-    results, missing = dict[str, Result](), dict[str, str]()
+    results = dict[str, Result]()
+    missing = dict[str, str]()
     for name in SETS:
         try:
             (results[name],) = evaluate_all(model, f"{name}:{root / name}", (task,), options)

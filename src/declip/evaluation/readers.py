@@ -160,7 +160,8 @@ def _exactly(name: str, folder: Path, raw: list[str]) -> list[str]:
             f"'{name}' expects {len(raw)} folders in '{folder}', one per class, and there is no such folder."
         )
     there = set(_inner(folder))
-    missing, strange = [inner for inner in raw if inner not in there], sorted(there.difference(raw))
+    missing = [inner for inner in raw if inner not in there]
+    strange = sorted(there.difference(raw))
     if missing or strange:
         raise UserError(
             f"'{name}' expects {len(raw)} folders in '{folder}', from '{raw[0]}' to '{raw[-1]}', one per class: "
@@ -218,7 +219,8 @@ def labeled_table(
     file for its numbers. A column "split" defines splits; without it, all rows are test rows.
     """
     rows = open_rows(table_path)
-    path, columns = rows.path, rows.columns
+    path = rows.path
+    columns = rows.columns
     lower = by_lower_name(columns).keys()
     captioned, labeled = (not lower.isdisjoint(names) for names in (CAPTION_NAMES, LABEL_NAMES))
     if given.caption != DEFAULT.caption:
@@ -264,7 +266,7 @@ def _labels(table: TableSource, column: str) -> tuple[np.ndarray, list[str], dic
     broken = dict[int, BrokenPair]()
     for row in range(len(table)):
         try:
-            texts[row] = _label(table, row, column, known)
+            texts[row] = _label(table, row, column)
         except BrokenPair as error:
             broken[row] = error
     names = known or sorted(set(texts.values()))
@@ -282,18 +284,13 @@ def _labels(table: TableSource, column: str) -> tuple[np.ndarray, list[str], dic
     return labels, names, broken
 
 
-def _label(table: TableSource, row: int, column: str, known: Sequence[str]) -> str:
+def _label(table: TableSource, row: int, column: str) -> str:
     """Return the single label in the cells of one image, strings or numbers; raises `BrokenPair`."""
     key, rows = table.entry(row)
-    given = [
-        value
-        for cell in table.read_cells(key, rows, column)
-        for value in (cell if isinstance(cell, list) else [cell])
-    ]
-    values = [
-        known[value] if isinstance(value, int) and 0 <= value < len(known) else value
-        for value in given
-    ]
+    values = list[Any]()
+    for number in rows:
+        cell = table.cell(key, number, column)
+        values += cell if isinstance(cell, list) else [cell]
     if any(isinstance(value, str) and len(value) > LONGEST_LABEL for value in values):
         raise BrokenPair("label too long", key, f"more than {LONGEST_LABEL:,} characters")
     texts = {" ".join(cell_name(value).split()) for value in values}

@@ -32,7 +32,9 @@ class Measure(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of a fraction of `n` independent trials (Wilson 1927)."""
-        z, n, p = 1.96, self.n, self.value
+        z = 1.96
+        n = self.n
+        p = self.value
         scale = 1 + z * z / n
         middle = (p + z * z / (2 * n)) / scale
         half = z / scale * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -154,14 +156,16 @@ class RetrievalResult(Result):
         for direction, words in DIRECTIONS.items():
             recall = getattr(self, direction)
             for k in (1, 5, 10):
-                value, chance = getattr(recall, f"r{k}"), getattr(recall, f"chance{k}")
+                value = getattr(recall, f"r{k}")
+                chance = getattr(recall, f"chance{k}")
                 measures.append(Measure(f"{words} R@{k}", value, chance, recall.queries))
         return measures
 
     @property
     def headline(self) -> Measure:
         """The mean of both directions."""
-        first, second = self.text_to_image, self.image_to_text
+        first = self.text_to_image
+        second = self.image_to_text
         value = (first.r1 + second.r1) / 2
         chance = (first.chance1 + second.chance1) / 2
         return Measure("R@1", value, chance, self.images)

@@ -58,7 +58,8 @@ def class_names(prompts: str, raw: Iterable[str]) -> tuple[str, ...]:
 
     A prompt set with classes maps each name; otherwise underscores become spaces, as in CLIP.
     """
-    listed, raw = read_prompts(prompts).classes, list(raw)
+    listed = read_prompts(prompts).classes
+    raw = list(raw)
     if listed and (strange := [name for name in raw if name not in listed]):
         raise UserError(
             f"{len(strange)} classes of the data, such as '{strange[0]}', are not among the {len(listed)} classes of "
@@ -145,7 +146,8 @@ def classify(
         candidate = inverse.numpy()
     else:
         column = {name: number for number, name in enumerate(dict.fromkeys(classes))}
-        distinct, candidate = None, np.array([column[name] for name in classes])
+        distinct = None
+        candidate = np.array([column[name] for name in classes])
     namesakes_before = np.zeros(len(classes), dtype=np.int64)
     for label in range(len(classes)):
         namesakes_before[label] = (candidate[:label] == candidate[label]).sum()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from hashlib import blake2b, sha256
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import regex
@@ -20,12 +20,15 @@ from declip.io.pool import parallel_map
 COARSE = 8
 FINE = 16
 # 83 bytes
-LOOK = np.dtype([("coarse", np.uint64, (2,)), ("fine", np.uint64, (8,)), ("tint", np.uint8, (3,))])
+LOOK = np.dtype("2u8, 8u8, 3u1")
+LOOK.names = ("coarse", "fine", "tint")
 STEP = 2  # gray levels by which a neighbor must be brighter to count, so that flat areas do not hash their noise
 # Bits of 128 and of 512 in which the hashes of two near-duplicates may differ, and levels of 255 by which their mean
 # red, green or blue may. Of the built-in photographs, drawings and icons, 90 % and more of the copies at half the size
 # or of JPEG quality 75 pass (photographs: all).
-COARSE_BITS, FINE_BITS, TINT = 6, 24, 16
+COARSE_BITS = 6
+FINE_BITS = 24
+TINT = 16
 # Blocks of 16 bits. Hashes that differ in 6 bits are equal in at least two of 8 blocks, so among hashes sorted by each
 # pair of blocks, 28 in all, every pair of near-duplicates is adjacent at least once.
 BLOCKS = 8
@@ -34,7 +37,9 @@ BLOCKS = 8
 REACH = 64
 SET_BITS = np.array([number.bit_count() for number in range(256)], np.uint8)
 
-OTHER_SCRIPT, FOREIGN, ONE_WORD = "not in Latin script", "not in English", "one word"
+OTHER_SCRIPT = "not in Latin script"
+FOREIGN = "not in English"
+ONE_WORD = "one word"
 # Short words of German, French, Spanish, Italian, Portuguese and Dutch that are neither words nor names in English: no
 # "mit", "sur" or "las" (MIT, Big Sur, Las Vegas). None of the 134,356 captions of the built-in icons has one.
 _FOREIGN = "ein|eine|einen|einem|einer|und|auf|der|das|dem|zwei|une|deux|avec|dans|les|una|con|por|gli|uma|een|het"
@@ -56,19 +61,32 @@ KINDS = {
     ONE_WORD: regex.compile(r"[^ ]*"),
 }
 
+NO_KIND = -1
+
 # What is kept of a pair, 109 bytes, and of a caption, 15 bytes; its kind by number, -1 for none.
-NUMBERS = [("width", np.int32), ("height", np.int32), ("captions", np.uint16)]
-PAIR = np.dtype([("index", np.int64), ("exact", np.uint64), ("look", LOOK), *NUMBERS])
-CAPTION = np.dtype(
-    [("hash", np.uint64), ("tokens", np.uint32), ("words", np.uint16), ("kind", np.int8)]
+PAIR = np.dtype(
+    [
+        ("index", np.int64),
+        ("exact", np.uint64),
+        ("look", LOOK),
+        ("width", np.int32),
+        ("height", np.int32),
+        ("captions", np.uint16),
+    ]
 )
-KIND_NUMBERS: dict[str | None, int] = {
-    None: -1,
-    **{name: number for number, name in enumerate(KINDS)},
-}
+CAPTION = np.dtype(
+    [
+        ("hash", np.uint64),
+        ("tokens", np.uint32),
+        ("words", np.uint16),
+        ("kind", np.int8),
+    ]
+)
 MOST_PER_PAIR = np.iinfo(np.uint16).max  # captions of a pair that are looked at
 # Parts that the work is divided into, and how many pairs one has: small ones move the bar, many cost memory.
-PARTS, SMALLEST_PART, LARGEST_PART = 200, 8, 512
+PARTS = 200
+SMALLEST_PART = 8
+LARGEST_PART = 512
 
 
 def image_hash(image: Image.Image) -> int:
@@ -81,7 +99,8 @@ def image_hash(image: Image.Image) -> int:
 
 def caption_hash(caption: str) -> int:
     """64 bits of a caption as the tokenizer cleans it: captions that a model cannot distinguish have one hash."""
-    return int.from_bytes(blake2b(clean(caption).encode(), digest_size=8).digest(), "little")
+    digest = blake2b(clean(caption).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def look(image: Image.Image) -> np.ndarray:
@@ -90,15 +109,15 @@ def look(image: Image.Image) -> np.ndarray:
     The hashes are dHash (Krawetz 2013) in both directions: one bit for each of 8 x 8, or 16 x 16, gray pixels of a
     small copy that says whether its right, or lower, neighbor is brighter. The coarse one is quick to search by.
     """
-    small, larger = (
-        np.asarray(
-            image.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0), np.float32
-        )
-        for side in (COARSE + 1, FINE + 1)
-    )
-    return np.array(
-        (_brighter(small), _brighter(larger), small.mean((0, 1)).round().astype(np.uint8)), LOOK
-    )
+    small = _shrunk(image, COARSE + 1)
+    larger = _shrunk(image, FINE + 1)
+    tint = small.mean((0, 1)).round()
+    return np.array((_brighter(small), _brighter(larger), tint), LOOK)
+
+
+def _shrunk(image: Image.Image, side: int) -> np.ndarray:
+    small = image.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return np.asarray(small, np.float32)
 
 
 def _brighter(small: np.ndarray) -> np.ndarray:
@@ -118,16 +137,18 @@ def equal_groups(hashes: np.ndarray) -> np.ndarray:
 
 def components(count: int, edges: np.ndarray) -> np.ndarray:
     """Label the connected components of nodes 0 to `count` - 1 and edges (2, e): (count,)."""
-    graph = coo_array((np.ones(edges.shape[1], bool), edges), shape=(count, count))
+    present = np.ones(edges.shape[1], bool)
+    graph = coo_array((present, edges), shape=(count, count))
     return connected_components(graph, directed=False)[1]
 
 
 def near_groups(looks: np.ndarray) -> np.ndarray:
     """Number the groups of images that look alike, also through a third, by (n,) `LOOK`s: int64 (n,)."""
-    raw = np.ascontiguousarray(looks).view(np.dtype((np.void, looks.itemsize)))
+    raw = np.ascontiguousarray(looks).view(f"V{looks.itemsize}")
     _, distinct, equal = np.unique(raw, return_index=True, return_inverse=True)
     looks = looks[distinct]
-    coarse, fine = (np.ascontiguousarray(looks[name]) for name in ("coarse", "fine"))
+    coarse = np.ascontiguousarray(looks["coarse"])
+    fine = np.ascontiguousarray(looks["fine"])
     tints = looks["tint"].astype(np.int16)
     blocks = coarse.view(np.uint16).astype(np.uint32)
     labels = np.arange(len(looks))
@@ -146,11 +167,12 @@ def near_groups(looks: np.ndarray) -> np.ndarray:
             pair = np.stack([order[starts], order[starts + shift]])
             pair = pair[:, labels[pair[0]] != labels[pair[1]]]
             for hashes, most in ((coarse, COARSE_BITS), (fine, FINE_BITS)):
-                differing = SET_BITS[(hashes[pair[0]] ^ hashes[pair[1]]).view(np.uint8)].sum(
-                    1, dtype=np.int64
-                )
-                pair = pair[:, differing <= most]
-            pair = pair[:, np.abs(tints[pair[0]] - tints[pair[1]]).max(1, initial=0) <= TINT]
+                one, other = hashes[pair]
+                bits = SET_BITS[(one ^ other).view(np.uint8)]
+                pair = pair[:, bits.sum(1, dtype=np.int64) <= most]
+            one, other = tints[pair]
+            furthest = np.abs(one - other).max(1, initial=0)
+            pair = pair[:, furthest <= TINT]
             if pair.size:
                 labels = components(len(looks), labels[pair])[labels]
     return equal_groups(labels[equal])
@@ -170,9 +192,12 @@ def repeated(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, sizes[order]
 
 
-def kind_of(caption: str) -> str | None:
-    """Classify a caption: one of `KINDS`, or None for several words."""
-    return next((name for name, pattern in KINDS.items() if pattern.fullmatch(caption)), None)
+def kind_of(caption: str) -> int:
+    """Classify a caption: the number of the kind in `KINDS`; `NO_KIND` for several words."""
+    for number, pattern in enumerate(KINDS.values()):
+        if pattern.fullmatch(caption):
+            return number
+    return NO_KIND
 
 
 class ReadPairs(NamedTuple):
@@ -185,9 +210,12 @@ class ReadPairs(NamedTuple):
     @classmethod
     def of(cls, rows: Iterable["PairRow"], skipped: SkipCounter) -> "ReadPairs":
         """Join the rows of pairs."""
-        rows = [*rows]
-        lines = [line for row in rows for line in row.captions]
-        return cls(np.array([row.pair for row in rows], PAIR), np.array(lines, CAPTION), skipped)
+        pairs = list[Any]()
+        lines = list[Any]()
+        for row in rows:
+            pairs.append(row.pair)
+            lines += row.captions
+        return cls(np.array(pairs, PAIR), np.array(lines, CAPTION), skipped)
 
 
 class PairRow(NamedTuple):
@@ -206,18 +234,19 @@ def counted_row(pair: Pair, index: int) -> PairRow:
     tokenizer = Tokenizer(context=1 << 30)  # CLIP's, without truncation
     lines = []
     for text in pair.captions()[:MOST_PER_PAIR]:
-        tokens, words = len(tokenizer.encode(text)), len(text.split())
-        lines.append((caption_hash(text), tokens, words, KIND_NUMBERS[kind_of(text)]))
+        tokens = len(tokenizer.encode(text))
+        words = len(text.split())
+        lines.append((caption_hash(text), tokens, words, kind_of(text)))
     image = pair.open().decoded()
-    return PairRow((index, image_hash(image), look(image), *image.size, len(lines)), lines)
+    numbers = (index, image_hash(image), look(image), *image.size, len(lines))
+    return PairRow(numbers, lines)
 
 
 def compared_row(image: Image.Image, captions: Sequence[str], index: int) -> PairRow:
     """Hash what shows that two pairs are related: the look of an image and its captions, without counts."""
-    lines = []
-    for text in captions[:MOST_PER_PAIR]:
-        lines.append((caption_hash(text), 0, 0, KIND_NUMBERS[None]))
-    return PairRow((index, 0, look(image), *image.size, len(lines)), lines)
+    lines = [(caption_hash(text), 0, 0, NO_KIND) for text in captions[:MOST_PER_PAIR]]
+    numbers = (index, 0, look(image), *image.size, len(lines))
+    return PairRow(numbers, lines)
 
 
 def pair_row(pair: Pair, index: int) -> PairRow:
@@ -240,8 +269,10 @@ def read(
 ) -> ReadPairs:
     """Read the pairs at rising indices by `workers` processes; `progress` is the title of a bar."""
     step = int(np.clip(len(indices) // PARTS, SMALLEST_PART, LARGEST_PART))
-    parts = [indices[start : start + step] for start in range(0, len(indices), step)]
-    pairs, captions, skipped = [np.empty(0, PAIR)], [np.empty(0, CAPTION)], SkipCounter()
+    parts = np.split(indices, range(step, len(indices), step))
+    pairs = [np.empty(0, PAIR)]
+    captions = [np.empty(0, CAPTION)]
+    skipped = SkipCounter()
     for part in parallel_map(partial(_read_part, source, row_of), parts, workers, progress):
         pairs.append(part.pairs)
         captions.append(part.captions)
@@ -250,7 +281,8 @@ def read(
 
 
 def _read_part(source: PairSource, row_of: RowOf, indices: np.ndarray) -> ReadPairs:
-    rows, skipped = list[PairRow](), SkipCounter()
+    rows = list[PairRow]()
+    skipped = SkipCounter()
     for index in indices.tolist():
         try:
             rows.append(row_of(source[index], index))

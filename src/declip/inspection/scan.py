@@ -27,23 +27,32 @@ from declip.io.progress import status
 
 BROKEN = 0.05  # default of `data.max_broken_fraction`: a run stops above it
 # Fraction of a batch's rows with an equal caption in it: reported from the first on, to be fixed above the second.
-EQUAL_ROWS, MANY_EQUAL_ROWS = 0.01, 0.1
+EQUAL_ROWS = 0.01
+MANY_EQUAL_ROWS = 0.1
 # Multiples of the training size: from where on shrinking pays, and to what; pixels that towers' sizes divide by.
-LARGE, KEPT, MULTIPLE = 3.0, 2, 32
+LARGE = 3.0
+KEPT = 2
+MULTIPLE = 32
 SMALL = 0.25  # fraction of images under the training size from where on a smaller size pays
 # of CLIP, and the fraction of captions that it may truncate
 LONGEST_CONTEXT = 77
 MANY_TRUNCATED = 0.01
 
-SAMPLE, SIZE, BATCH, SEED = 2000, 224, 128, 0
+SAMPLE = 2000
+SIZE = 224
+BATCH = 128
+SEED = 0
 # example pairs; groups that look alike, and members of each
 EXAMPLES = 40
 NEAR_EXAMPLES = 4
 NEAR_MEMBERS = 8
-OF_A_KIND, LONGEST_TEXT = 3, 120  # captions of each kind, and characters of each
-LISTED, KEYS = 10, 5  # groups that are listed, and keys of each
+OF_A_KIND = 3  # captions of each kind
+LONGEST_TEXT = 120  # characters of each
+LISTED = 10  # groups
+KEYS = 5  # of each
 THUMBNAIL = 224  # pixels of an example's longer side, at most: sharp at half of that on a screen of double density
-CONTEXTS, SHOWN_LENGTHS = (*range(16, 77, 8), 77), (32, 77)
+CONTEXTS = (*range(16, 77, 8), 77)
+SHOWN_LENGTHS = (32, 77)
 LEFT_OUT = 0.01  # fraction of the captions that the advised context may cut
 
 
@@ -72,9 +81,12 @@ Spread = dict[str, float]
 
 def spread_of(values: np.ndarray) -> Spread:
     """Distribution of one number or more: n, mean, min, max and the percentiles p1, p5, p25, p50, p75, p95 and p99."""
-    percentiles = {f"p{at}": float(np.percentile(values, at)) for at in (1, 5, 25, 50, 75, 95, 99)}
-    ends = {"min": float(values.min()), **percentiles, "max": float(values.max())}
-    return {"n": len(values), "mean": float(values.mean(dtype=np.float64)), **ends}
+    mean = float(values.mean(dtype=np.float64))
+    spread = {"n": len(values), "mean": mean, "min": float(values.min())}
+    for percent in (1, 5, 25, 50, 75, 95, 99):
+        spread[f"p{percent}"] = float(np.percentile(values, percent))
+    spread["max"] = float(values.max())
+    return spread
 
 
 @dataclass(frozen=True)
@@ -202,55 +214,45 @@ Row = tuple[str, float, float, float, dict[str, Any]]
 def find(it: Inspection) -> tuple[Finding, ...]:
     """Apply all rules to an inspection without findings; what is to be fixed comes first."""
     rows: list[Row] = []
-    for reason, row in sorted(it.reasons.items(), key=lambda item: -item[1]["count"])[:1]:
-        rows.append(
-            (
-                "broken",
-                it.broken.fraction,
-                0,
-                BROKEN,
-                {"reason": reason, "example": row["examples"][0]},
-            )
-        )
+    if it.reasons:
+        reason = max(it.reasons, key=lambda reason: it.reasons[reason]["count"])
+        values = {"reason": reason, "example": it.reasons[reason]["examples"][0]}
+        rows.append(("broken", it.broken.fraction, 0, BROKEN, values))
     for leak in it.leakages:
-        rows.append(
-            ("leakage", leak.matches.fraction, 0, 0, {"set": leak.name, "images": leak.images})
-        )
+        values = {"set": leak.name, "images": leak.images}
+        rows.append(("leakage", leak.matches.fraction, 0, 0, values))
     if it.split_copies is not None:
         rows.append(("split_copies", it.split_copies.fraction, 0, 0, {}))
     if it.images and it.captions and it.equal_images and it.near_images:
-        equal, near = it.equal_images.members / it.usable, it.near_images.members / it.usable
+        equal = it.equal_images.members / it.usable
+        near = it.near_images.members / it.usable
         couples = it.captions.batch_size / 2  # of equal captions, if all rows of a batch had one
+        some = couples * EQUAL_ROWS
+        many = couples * MANY_EQUAL_ROWS
         rows += [
             ("equal_images", equal, 0, 0.01, {}),
             ("near_images", near if near > equal else 0, 0.01, inf, {}),
-            (
-                "equal_captions",
-                it.captions.equal_in_batch,
-                couples * EQUAL_ROWS,
-                couples * MANY_EQUAL_ROWS,
-                {},
-            ),
+            ("equal_captions", it.captions.equal_in_batch, some, many, {}),
             *_captions_rows(it.captions),
             *_images_rows(it.images),
         ]
-    findings = [
-        Finding(name, n, values, n > fix)
-        for name, n, least, fix, values in rows
-        if n and n >= least
-    ]
+    findings = []
+    for name, n, least, fix, values in rows:
+        if n and n >= least:
+            findings.append(Finding(name, n, values, n > fix))
     return tuple(sorted(findings, key=lambda finding: not finding.fix))
 
 
 def _captions_rows(captions: CaptionStats) -> list[Row]:
     odd = {kind: part.fraction for kind, part in captions.kinds.items()}
-    one_word, other_script, foreign = (
-        odd.pop(k, 0) for k in (reading.ONE_WORD, reading.OTHER_SCRIPT, reading.FOREIGN)
-    )
-    example = ", ".join(captions.examples[max(odd, key=odd.__getitem__)]) if odd else ""
+    one_word = odd.pop(reading.ONE_WORD, 0)
+    other_script = odd.pop(reading.OTHER_SCRIPT, 0)
+    foreign = odd.pop(reading.FOREIGN, 0)
+    examples = captions.examples[max(odd, key=odd.__getitem__)] if odd else []
+    values = {"kinds": odd, "example": ", ".join(examples)}
     truncated = captions.truncated[LONGEST_CONTEXT].fraction > MANY_TRUNCATED
     return [
-        ("odd_captions", sum(odd.values()), 0.01, BROKEN, {"kinds": odd, "example": example}),
+        ("odd_captions", sum(odd.values()), 0.01, BROKEN, values),
         ("one_word", one_word, 0.2, inf, {}),
         ("other_script", other_script, 0.05, inf, {}),
         ("foreign", foreign, 0.1, inf, {}),
@@ -259,11 +261,14 @@ def _captions_rows(captions: CaptionStats) -> list[Row]:
 
 
 def _images_rows(images: ImageStats) -> list[Row]:
-    small, times = images.smaller.fraction, images.shorter["p50"] / images.size
+    small = images.smaller.fraction
+    times = images.shorter["p50"] / images.size
+    if small >= SMALL:
+        times = 0
     smaller_side = max(MULTIPLE, int(images.shorter["p25"]) // MULTIPLE * MULTIPLE)
     return [
         ("small_images", small, SMALL, inf, {"side": smaller_side}),
-        ("large_images", times if small < SMALL else 0, LARGE, inf, {"side": KEPT * images.size}),
+        ("large_images", times, LARGE, inf, {"side": KEPT * images.size}),
     ]
 
 
@@ -290,26 +295,25 @@ def inspect_source(
         columns: For tables, see `open_source`.
     """
     # --- the sources
-    limits = {
-        "sample": (1 if sample is None else sample, 1),
-        "seed": (seed, 0),
-        "workers": (workers or 0, 0),
-    }
-    for name, (value, least) in (
-        limits | {"size": (size, 1), "batch_size": (batch_size, 2)}
-    ).items():
-        check_range(name, value, least)
-    start, source = time.perf_counter(), open_source(source, columns)
+    check_range("sample", 1 if sample is None else sample, 1)
+    check_range("seed", seed, 0)
+    check_range("workers", workers or 0, 0)
+    check_range("size", size, 1)
+    check_range("batch_size", batch_size, 2)
+    start = time.perf_counter()
+    source = open_source(source, columns)
     others = [open_source(other, Columns(caption=None)) for other in check_leakage]
     # --- the sample, some of it broken
     total = len(source)
     indices = np.arange(total)
     if sample is not None and sample < total:
-        indices = np.sort(np.random.default_rng((seed, total)).choice(total, sample, replace=False))
+        generator = np.random.default_rng((seed, total))
+        indices = np.sort(generator.choice(total, sample, replace=False))
+    whole = len(indices) == total
     title = f"Pairs of {source.name}" if progress else ""
     read = reading.read(source, indices, reading.counted_row, workers, title)
     # --- statistics of the usable pairs, leakage, and what follows
-    broken = Fraction.counted(read.skipped.total, len(indices), len(indices) == total)
+    broken = Fraction.counted(read.skipped.total, len(indices), whole)
     reasons: dict[str, Any] = read.skipped.to_dict()["reasons"]
     for reason, detail in read.skipped.details.items():
         if detail:  # such as the path that was tried
@@ -317,12 +321,19 @@ def inspect_source(
     facts: dict[str, Any] = {}
     if len(read.pairs):
         with status("Looking for duplicates", progress):
-            facts = _described(source, read, size, batch_size, seed, len(indices) == total)
-        facts["leakages"] = tuple(
-            _leakage(source, read, other, workers, progress) for other in others
-        )
+            facts = _described(source, read, size, batch_size, seed, whole)
+        leakages = [_leakage(source, read, other, workers, progress) for other in others]
+        facts["leakages"] = tuple(leakages)
     inspection = Inspection(
-        source.name, total, len(indices), seed, 0.0, broken, reasons, credit=source.credit, **facts
+        name=source.name,
+        total=total,
+        read=len(indices),
+        seed=seed,
+        seconds=0.0,
+        broken=broken,
+        reasons=reasons,
+        credit=source.credit,
+        **facts,
     )
     return replace(inspection, findings=find(inspection), seconds=time.perf_counter() - start)
 
@@ -332,23 +343,27 @@ def _leakage(
 ) -> Leakage:
     """Find the pairs whose image looks like one of another source."""
     title = f"Images of {other.name}" if progress else ""
-    seen, _, skipped = reading.read(other, np.arange(len(other)), reading.image_row, workers, title)
+    indices = np.arange(len(other))
+    seen, _, skipped = reading.read(other, indices, reading.image_row, workers, title)
     if not len(seen):
         raise UserError(f"No image of '{other.name}' can be used. {skipped.explanation()}")
     copied = read.pairs["index"][reading.across(read.pairs, seen)].tolist()
     images = ImageSource(source)
-    keys = [images[index].key for index in copied]
+    copies = tuple((images[index].key, index) for index in copied)
     all_read = len(read.pairs) + read.skipped.total == len(source)
     fraction = Fraction.counted(len(copied), len(read.pairs), all_read)
-    return Leakage(other.name, len(seen), fraction, tuple(zip(keys, copied, strict=True)))
+    return Leakage(other.name, len(seen), fraction, copies)
 
 
 def _described(
     source: PairSource, read: ReadPairs, size: int, batch_size: int, seed: int, whole: bool
 ) -> dict[str, Any]:
     """Fields of `Inspection` that need a pair that can be used."""
-    pairs, lines, n = read.pairs, read.captions, len(read.pairs)
-    indices, counts = pairs["index"], pairs["captions"].astype(np.int64)
+    pairs = read.pairs
+    lines = read.captions
+    n = len(read.pairs)
+    indices = pairs["index"]
+    counts = pairs["captions"].astype(np.int64)
     same = equal_groups(pairs["exact"])
     alike = reading.near_groups(pairs["look"])
     texts = equal_groups(lines["hash"])
@@ -360,12 +375,16 @@ def _described(
     generator = np.random.default_rng((seed, n, 1))
     chosen = np.sort(generator.choice(n, min(EXAMPLES, n), replace=False))
     # Each pair shows one of its captions, as in an epoch; of all couples of pairs, how many show the same?
-    drawn = texts[np.cumsum(counts) - counts + (generator.random(n) * counts).astype(np.int64)]
-    sizes = np.bincount(drawn)
-    equal = float((sizes * (sizes - 1)).sum() / max(1, n * (n - 1)))
+    own = (generator.random(n) * counts).astype(np.int64)
+    sizes = np.bincount(texts[np.cumsum(counts) - counts + own])
+    couples = (sizes * (sizes - 1)).sum()
+    equal = float(couples / max(1, n * (n - 1)))
     shorter = np.minimum(pairs["width"], pairs["height"])
     longer = np.maximum(pairs["width"], pairs["height"])
     smaller = Fraction.counted(int((shorter < size).sum()), n, whole)
+    near_examples = []
+    for number in _most_different(same, alike):
+        near_examples.append(_examples(source, indices[alike == number][:NEAR_MEMBERS]))
     return {
         "images": ImageStats(spread_of(shorter), spread_of(longer / shorter), size, smaller),
         "captions": _captions(source, read, indices[owners], equal, batch_size, whole),
@@ -374,10 +393,7 @@ def _described(
         "split_copies": _split_copies(source, alike, indices, whole),
         "equal_captions": _repeats(source, shown, indices[owners_of], lines["hash"][first[shown]]),
         "examples": _examples(source, indices[chosen]),
-        "near_examples": tuple(
-            _examples(source, indices[alike == number][:NEAR_MEMBERS])
-            for number in _most_different(same, alike)
-        ),
+        "near_examples": tuple(near_examples),
     }
 
 
@@ -390,9 +406,8 @@ def _split_copies(
     held_out = np.isin(indices, [*chain.from_iterable(splits.values())])
     if not held_out.any():
         return None
-    return Fraction.counted(
-        int(np.isin(alike[held_out], alike[train]).sum()), int(held_out.sum()), whole
-    )
+    copied = np.isin(alike[held_out], alike[train])
+    return Fraction.counted(int(copied.sum()), len(copied), whole)
 
 
 def _captions(
@@ -404,36 +419,38 @@ def _captions(
     whole: bool,
 ) -> CaptionStats:
     """Statistics of the captions, of the pairs at `indices`; `equal` is how likely two pairs show one text."""
-    lines, tokens = read.captions, read.captions["tokens"]
+    lines = read.captions
+    tokens = read.captions["tokens"]
 
     def fraction(which: np.ndarray) -> Fraction:
         return Fraction.counted(int(which.sum()), len(lines), whole)
 
-    context_length = next(
-        (length for length in CONTEXTS if (tokens > length).mean() <= LEFT_OUT), CONTEXTS[-1]
-    )
-    kinds, examples = {}, {}
+    for context_length in CONTEXTS:
+        if (tokens > context_length).mean() <= LEFT_OUT:
+            break
+    kinds = {}
+    examples = {}
     for kind, name in enumerate(KINDS):
         which = lines["kind"] == kind
         if which.any():
             kinds[name] = fraction(which)
-            first = np.sort(np.unique(lines["hash"][which], return_index=True)[1])  # of each text
-            texts = dict[str, None]()
-            for _, captions in _captioned(source, indices[which][first[:OF_A_KIND]]):
-                for text in captions:
-                    if reading.kind_of(text) == name:
-                        texts[text[:LONGEST_TEXT]] = None
-            examples[name] = list(texts)[:OF_A_KIND]
+            _, first = np.unique(lines["hash"][which], return_index=True)  # of each text
+            shown = np.sort(first)[:OF_A_KIND]
+            texts = list[str]()
+            for _, captions in _captioned(source, indices[which][shown]):
+                texts += [text for text in captions if reading.kind_of(text) == kind]
+            distinct = dict.fromkeys(text[:LONGEST_TEXT] for text in texts)
+            examples[name] = list(distinct)[:OF_A_KIND]
     batch_size = min(batch_size, len(source))
+    frequent = sorted(kinds.items(), key=lambda item: -item[1].count)
+    shown_lengths = sorted({*SHOWN_LENGTHS, context_length})
     return CaptionStats(
         per_pair=spread_of(read.pairs["captions"]),
         words=spread_of(lines["words"]),
         tokens=spread_of(tokens),
-        truncated={
-            length: fraction(tokens > length) for length in sorted({*SHOWN_LENGTHS, context_length})
-        },
+        truncated={length: fraction(tokens > length) for length in shown_lengths},
         context_length=context_length,
-        kinds=dict(sorted(kinds.items(), key=lambda item: -item[1].count)),
+        kinds=dict(frequent),
         examples=examples,
         batch_size=batch_size,
         equal_in_batch=equal * batch_size * (batch_size - 1) / 2,
@@ -446,30 +463,33 @@ def _repeats(
     """Group repeated images, or captions with `hashes`, by group and by index of the pair that shows them."""
     numbers, sizes = reading.repeated(groups)
     examples = []
-    for number, size in zip(numbers[:LISTED], sizes[:LISTED].tolist(), strict=True):
-        pairs = _captioned(source, indices[groups == number][:KEYS])
-        captions = [caption for _, own in pairs for caption in own]
+    for number, size in zip(numbers[:LISTED], sizes.tolist(), strict=False):
+        members = groups == number
+        pairs = _captioned(source, indices[members][:KEYS])
+        captions = list(chain.from_iterable(own for _, own in pairs))
         if hashes is not None:
-            wanted = hashes[groups == number][0]
-            captions = [
-                clean(caption) for caption in captions if reading.caption_hash(caption) == wanted
-            ]
+            wanted = hashes[members][0]
+            captions = [clean(text) for text in captions if reading.caption_hash(text) == wanted]
         keys = tuple(key for key, _ in pairs)
-        examples.append(RepeatGroup(size, keys, next(iter(captions), "")))
-    return Repeats(len(np.unique(indices[np.isin(groups, numbers)])), len(numbers), tuple(examples))
+        examples.append(RepeatGroup(size, keys, captions[0] if captions else ""))
+    repeated = np.unique(indices[np.isin(groups, numbers)])
+    return Repeats(len(repeated), len(numbers), tuple(examples))
 
 
 def _most_different(same: np.ndarray, alike: np.ndarray) -> list[int]:
     """Numbers of groups of near-duplicates, those with most images that are not equal first."""
     numbers, sizes = reading.repeated(alike)
-    different = np.bincount(alike[np.unique(same, return_index=True)[1]], minlength=alike.max() + 1)
-    return numbers[np.lexsort((-sizes, -different[numbers]))[:NEAR_EXAMPLES]].tolist()
+    _, distinct = np.unique(same, return_index=True)
+    different = np.bincount(alike[distinct], minlength=alike.max() + 1)
+    order = np.lexsort((-sizes, -different[numbers]))
+    return numbers[order[:NEAR_EXAMPLES]].tolist()
 
 
 # Only numbers of the pairs were kept, so these are read again, without those that were removed in the meantime.
+Captioned = tuple[str, tuple[str, ...]]
 
 
-def _captioned(source: PairSource, indices: Iterable[int]) -> list[tuple[str, tuple[str, ...]]]:
+def _captioned(source: PairSource, indices: Iterable[int]) -> list[Captioned]:
     """Keys and captions of pairs."""
     captioned = []
     for index in indices:

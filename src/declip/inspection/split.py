@@ -23,7 +23,9 @@ from declip.inspection.reading import (
 from declip.io.text import percent, plural
 
 # Fraction of the pairs that the validation part has, and at most how many; pairs of which a part can be split off.
-FRACTION, MOST, FEWEST = 0.1, 5_000, 20
+FRACTION = 0.1
+MOST = 5_000
+FEWEST = 20
 COPIED = 0.5  # fraction of copied validation images above which a validation set is refused
 SEEN = (
     "The weights were trained on these pairs, or on most of them ('{}'), so the validation results are too high. Give "
@@ -66,7 +68,8 @@ def split_pairs(
     pairs = _read(candidates, progress)
     named = groups_of(candidates)[pairs.pairs["index"]]  # (n,) int64, as all below
     related = _related(pairs, named)
-    sizes, hashes = np.bincount(related), _hashes(pairs, named, related)
+    sizes = np.bincount(related)
+    hashes = _hashes(pairs, named, related)
     # --- the sets with the lowest hashes; what the start was trained on is not held out, unless it is nearly all
     chosen = _chosen(hashes, sizes, most)
     if seen is not None:
@@ -96,14 +99,15 @@ def _hashes(pairs: ReadPairs, named: np.ndarray, related: np.ndarray) -> np.ndar
     A set that gains a pair can only leave the validation part, wherever the pair stands in the source.
     """
     # (n,) row of each pair's first caption
-    first = np.cumsum(pairs.pairs["captions"]) - pairs.pairs["captions"]
-    keys = np.where(named != 0, named.view(np.uint64), pairs.captions["hash"][first]).tolist()
-    digests = (
-        hashlib.blake2b(key.to_bytes(8, "little"), digest_size=8, person=b"split").digest()
-        for key in keys
-    )
+    counts = pairs.pairs["captions"]
+    captions = pairs.captions["hash"][np.cumsum(counts) - counts]
+    hashes = []
+    keys = np.where(named != 0, named.view(np.uint64), captions)
+    for key in keys.tolist():
+        digest = hashlib.blake2b(key.to_bytes(8, "little"), digest_size=8, person=b"split")
+        hashes.append(int.from_bytes(digest.digest()) / 2**64)
     largest = np.zeros(related.max() + 1)
-    np.maximum.at(largest, related, [int.from_bytes(digest) / 2**64 for digest in digests])
+    np.maximum.at(largest, related, hashes)
     return largest
 
 
@@ -113,7 +117,8 @@ def _chosen(hashes: np.ndarray, sizes: np.ndarray, most: int) -> list[int]:
     target = max(1, min(round(FRACTION * total), most))
     # Not target / total, which varies with each pair that is added
     below = min(FRACTION, most / total)
-    chosen, count = [], 0
+    chosen = []
+    count = 0
     for number in np.argsort(hashes, kind="stable").tolist():
         wanted = hashes[number] < below
         if not wanted and (2 * count >= target or hashes[number] == np.inf):
@@ -128,7 +133,8 @@ def check_copies(train: PairSource, held_out: Sequence[PairSource], progress: bo
     """Look for the images of validation sets among the training images: warn of some, raise an error from half on."""
     pairs = _read(train, progress, fewest=1).pairs
     for val in held_out:
-        copies = float(across(_read(val, progress, fewest=1).pairs, pairs).mean())
+        seen = _read(val, progress, fewest=1).pairs
+        copies = float(across(seen, pairs).mean())
         words = f"{percent(copies)} of the images of '{val.name}' are training images too, or nearly the same"
         if copies >= COPIED:
             raise UserError(
@@ -143,19 +149,24 @@ def related_pairs(pairs: ReadPairs, source: PairSource) -> np.ndarray:
     check_pairs(pairs, source.name, len(source))
     related = _related(pairs, groups_of(source)[pairs.pairs["index"]])
     least = np.full(related.max() + 1, np.iinfo(np.uint64).max)
-    np.minimum.at(least, np.repeat(related, pairs.pairs["captions"]), pairs.captions["hash"])
+    groups = np.repeat(related, pairs.pairs["captions"])
+    np.minimum.at(least, groups, pairs.captions["hash"])
     return least.view(np.int64)[related]
 
 
 def _related(pairs: ReadPairs, named: np.ndarray) -> np.ndarray:
     """Number the sets of pairs joined by nearly the same image, a caption, or a group: int64 (n,)."""
     n = len(pairs.pairs)
-    members, owners = np.arange(n), np.repeat(np.arange(n), pairs.pairs["captions"])
+    members = np.arange(n)
+    owners = np.repeat(np.arange(n), pairs.pairs["captions"])
     alike = near_groups(pairs.pairs["look"])  # equal images look alike too
     # A graph of pairs and what they show: its connected components must not be separated.
-    nodes, edges = n, []
-    groups = (members[named != 0], equal_groups(named[named != 0]))
-    for owner, group in ((members, alike), (owners, equal_groups(pairs.captions["hash"])), groups):
+    nodes = n
+    edges = []
+    captions = equal_groups(pairs.captions["hash"])
+    known = members[named != 0]
+    groups = equal_groups(named[known])
+    for owner, group in ((members, alike), (owners, captions), (known, groups)):
         edges.append(np.stack([owner, nodes + group]))  # a node for each image, caption and group
         nodes += int(group.max(initial=-1)) + 1
     return equal_groups(components(nodes, np.concatenate(edges, axis=1))[:n])

@@ -45,7 +45,7 @@ Strength = Annotated[float, Field(ge=0)]
 Jitter = tuple[Strength, Strength, Strength, Annotated[Strength, Field(le=0.5)]]
 RGB = tuple[Fraction, Fraction, Fraction]
 PathOrName = Annotated[str, AfterValidator(_expand_user)]
-Second = Literal["eda", "caption", "same", "none"]
+Second = Literal["eda", "caption", "none"]
 OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
 PathsOrNames = Annotated[tuple[PathOrName, ...], OneOrMore]
 Column = Literal["image", "caption", "group"]
@@ -236,7 +236,7 @@ class TextView(Section):
 
     second_view: Second = Field(
         "eda",
-        description="second text view: EDA of the first, another caption, the first again, or none",
+        description="second text view: EDA of the first, another caption, or none",
     )
     mask: bool | None = Field(
         None, description="mask words for all losses; default: if masked_language has a weight"

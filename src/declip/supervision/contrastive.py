@@ -15,12 +15,13 @@ from declip.recipe.schema import Recipe, TextView
 from declip.supervision.term import Encodings, Rows, Similarity, Term, require
 
 BLOCK_BYTES = 2**26  # of logits held at a time: 64 MiB
+BlockLoss = Callable[[int, int], Tensor]
 Scale = Tensor | float  # a parameter of the model, or a constant
 Ids = tuple[Tensor, Tensor]  # (B, k) of rows and (N, k) of keys, int64, 0 where unknown
 
 
 def mean_in_blocks(
-    loss: Callable[[int, int], Tensor], rows: int, row_bytes: int, max_logit_bytes: float | None
+    loss: BlockLoss, rows: int, row_bytes: int, max_logit_bytes: float | None
 ) -> Tensor:
     """Mean over rows of a loss that sums over the rows from the first number to the second.
 
@@ -31,10 +32,10 @@ def mean_in_blocks(
         return loss(0, rows) / rows
     # Blocks are computed in both passes: 8·B·N·d operations instead of 6·B·N·d.
     size = max(1, BLOCK_BYTES // row_bytes)
-    blocks = [(start, min(start + size, rows)) for start in range(0, rows, size)]
-    sums = [
-        checkpoint(loss, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks
-    ]
+    sums = []
+    for start in range(0, rows, size):
+        block = (start, min(start + size, rows))
+        sums.append(checkpoint(loss, *block, use_reentrant=False, preserve_rng_state=False))
     return torch.stack(sums).sum() / rows
 
 
@@ -68,7 +69,8 @@ def cross_entropy_to_keys(
     With ids, the sums and N are over the own key and those that share no id with the row.
     The scale s is the inverse temperature exp(logit_scale); see `mean_in_blocks` for `max_logit_bytes`.
     """
-    rows, keys = to_float32(rows), to_float32(keys)
+    rows = to_float32(rows)
+    keys = to_float32(keys)
 
     def loss(start: int, stop: int) -> Tensor:
         logits = scaled_similarity(rows[start:stop], keys, scale)
@@ -77,7 +79,8 @@ def cross_entropy_to_keys(
             # (rows, N)
             positive = positives[:, None] == torch.arange(len(keys), device=rows.device)
         if ids is not None:
-            own, others = ids[0][start:stop, None], ids[1]
+            own = ids[0][start:stop, None]
+            others = ids[1]
             kept = ((own != others) | (own == 0)).all(dim=-1) | positive
             # The smallest number, since -inf times a target of 0 is not a number.
             logits = logits.masked_fill(~kept, torch.finfo(logits.dtype).min)
@@ -110,12 +113,9 @@ def info_nce(
     so the mean over ranks of the ranks' losses is the loss of the whole batch.
     The features are (B, d) of this rank and (N, d) of all ranks, with gradient; others as `cross_entropy_to_keys`.
     """
-    image_to_text = cross_entropy_to_keys(
-        image, text_keys, scale, offset, max_logit_bytes, smoothing, ids
-    )
-    text_to_image = cross_entropy_to_keys(
-        text, image_keys, scale, offset, max_logit_bytes, smoothing, ids
-    )
+    options = (scale, offset, max_logit_bytes, smoothing, ids)
+    image_to_text = cross_entropy_to_keys(image, text_keys, *options)
+    text_to_image = cross_entropy_to_keys(text, image_keys, *options)
     return (image_to_text + text_to_image) / 2
 
 
@@ -134,7 +134,8 @@ def sigmoid_loss(
     so the mean over ranks of the ranks' losses is the loss of the whole batch.
     Image features are (B, d) of this rank, text features (N, d) of all ranks; others as `cross_entropy_to_keys`.
     """
-    image, text_keys = to_float32(image), to_float32(text_keys)
+    image = to_float32(image)
+    text_keys = to_float32(text_keys)
 
     def loss(start: int, stop: int) -> Tensor:
         logits = scaled_similarity(image[start:stop], text_keys, scale) + bias

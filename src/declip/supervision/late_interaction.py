@@ -44,17 +44,19 @@ def select_tokens(
     Returns:
         The kept tokens (B, min(k, n), d), with gradient, and the mask (B, min(k, n)) of those that count.
     """
-    counted = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+    if mask is None:
+        mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
     with torch.no_grad():
         paired = to_float32(paired_tokens)
         if paired_mask is not None:
             paired = paired * paired_mask.unsqueeze(-1)
         # The sum over u first: B·n·d multiplications.
-        score = (to_float32(tokens) * paired.sum(dim=1, keepdim=True)).sum(dim=-1)
-        best = (
-            score.masked_fill(~counted, float("-inf")).topk(min(k, tokens.shape[1]), dim=1).indices
-        )
-    return tokens.take_along_dim(best.unsqueeze(-1), dim=1), counted.take_along_dim(best, dim=1)
+        total = paired.sum(dim=1, keepdim=True)
+        score = (to_float32(tokens) * total).sum(dim=-1)
+        score = score.masked_fill(~mask, -torch.inf)
+        best = score.topk(min(k, tokens.shape[1]), dim=1).indices
+    kept = tokens.take_along_dim(best.unsqueeze(-1), dim=1)
+    return kept, mask.take_along_dim(best, dim=1)
 
 
 def late_interaction(
@@ -93,16 +95,15 @@ def late_interaction(
             logits = scale * token_similarity(tokens[start:stop], keys, own, key_mask)
             return F.cross_entropy(logits, positives, reduction="sum")
 
-        return mean_in_blocks(
-            loss, len(tokens), tokens.shape[1] * len(keys) * torch.int64.itemsize, max_logit_bytes
-        )
+        positions = tokens.shape[1] * len(keys)
+        row_bytes = positions * torch.int64.itemsize
+        return mean_in_blocks(loss, len(tokens), row_bytes, max_logit_bytes)
 
     # Patches have no padding.
     mask, key_mask = (None, None) if include_padding else (word_mask, word_key_mask)
-    return (
-        one_way(image_tokens, word_keys, None, key_mask)
-        + one_way(word_tokens, image_keys, mask, None)
-    ) / 2
+    image_to_text = one_way(image_tokens, word_keys, None, key_mask)
+    text_to_image = one_way(word_tokens, image_keys, mask, None)
+    return (image_to_text + text_to_image) / 2
 
 
 class LateInteraction(Term):
@@ -140,7 +141,8 @@ class LateInteraction(Term):
         return replace(cls.needs, whole_context=recipe.late_interaction.include_padding)
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        patches, words = require(encoded.outputs.patches), require(encoded.outputs.text_tokens)
+        patches = require(encoded.outputs.patches)
+        words = require(encoded.outputs.text_tokens)
         positions = torch.arange(words.shape[1], device=words.device)
         return {
             "patches": F.normalize(to_float32(self.patch_projection(patches)), dim=-1),

@@ -1,7 +1,7 @@
 """The multi-view loss of DeCLIP: the contrastive loss between all other pairings of views."""
 
 from dataclasses import replace
-from itertools import islice, product
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -31,21 +31,11 @@ def multi_view(
     The features are (V, B, d), (T, B, d) of this rank and (V, N, d), (T, N, d) of all ranks; others as
     `cross_entropy_to_keys`.
     """
-    pairings = islice(product(range(len(images)), range(len(texts))), 1, None)
-    losses = [
-        info_nce(
-            images[i],
-            texts[j],
-            image_keys[i],
-            text_keys[j],
-            scale,
-            offset,
-            max_logit_bytes,
-            smoothing,
-            ids,
-        )
-        for i, j in pairings
-    ]
+    options = (scale, offset, max_logit_bytes, smoothing, ids)
+    losses = []
+    for i, j in product(range(len(images)), range(len(texts))):
+        if i or j:
+            losses.append(info_nce(images[i], texts[j], image_keys[i], text_keys[j], *options))
     return torch.stack(losses).mean()
 
 

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from declip.data.batch import Needs
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
-from declip.supervision.contrastive import ContrastiveTerm, Ids, cross_entropy_to_keys, text_views
+from declip.supervision.contrastive import (
+    ContrastiveTerm,
+    Ids,
+    cross_entropy_to_keys,
+    text_views,
+)
 from declip.supervision.term import Encodings, Rows, Similarity
 
 SIMILARITIES_AT_ONCE = 2**26  # that a lookup holds: 256 MiB in float32, whatever the batch
@@ -45,7 +50,8 @@ class Queue(nn.Module):
         """
         # Of more rows than slots the last stay.
         start = (self.pointer + max(len(features) - self.size, 0)) % self.size
-        rows = F.normalize(features[-self.size :].to(self.features), dim=-1)
+        last = features[-self.size :].to(self.features)
+        rows = F.normalize(last, dim=-1)
         before_end = self.size - start
         self.features[start : start + len(rows)] = rows[:before_end]
         self.features[: max(len(rows) - before_end, 0)] = rows[before_end:]
@@ -59,7 +65,8 @@ class Queue(nn.Module):
         Equals the plain loop
             rows[i] = argmax over r < written of queries[i]·features[r]
         """
-        rows, keys = queries.to(self.features), self.features[: self.written]
+        rows = queries.to(self.features)
+        keys = self.features[: self.written]
         blocks = max(1, math.ceil(len(rows) * len(keys) / SIMILARITIES_AT_ONCE))
         with torch.autocast(queries.device.type, enabled=False):
             cosines = (some @ keys.mT for some in rows.tensor_split(blocks))
@@ -118,7 +125,8 @@ class NearestNeighbor(ContrastiveTerm):
         return replace(cls.needs, texts=text_views(recipe.views.text))
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        texts, features = encoded.texts, super().features(encoded)
+        texts = encoded.texts
+        features = super().features(encoded)
         if len(self.queue) == 0:
             return features
         nearest = self.queue.nearest(texts.detach().flatten(0, 1))
@@ -137,9 +145,8 @@ class NearestNeighbor(ContrastiveTerm):
         else:
             # Every rank looked up its own captions; all ranks' queues are equal, so the indices name the same features.
             neighbors = self.queue.features[keys.extra["queue_indices"].mT]
-        return neighbor_contrast(
-            own.augmented, neighbors, *self.options(own, keys, similarity, offset)
-        )
+        options = self.options(own, keys, similarity, offset)
+        return neighbor_contrast(own.augmented, neighbors, *options)
 
     @torch.no_grad()
     def after_step(self, model: DualEncoder) -> None:

@@ -50,11 +50,8 @@ def active_terms(recipe: Recipe, terms: Terms = NO_TERMS) -> dict[str, type[Term
     installed = plugins("losses") if others else {}
     own = {name: load_plugin("losses", name) for name in others if name in installed} | dict(terms)
     for name, term in own.items():
-        if (
-            name in TERMS
-            or not name.isidentifier()
-            or not (isinstance(term, type) and issubclass(term, Term))
-        ):
+        is_term = isinstance(term, type) and issubclass(term, Term)
+        if name in TERMS or not name.isidentifier() or not is_term:
             raise UserError(
                 f"terms has the name '{name}' for {term!r}; give identifiers other than {', '.join(TERMS)}, each for a "
                 "subclass of declip.supervision.term.Term."
@@ -62,9 +59,8 @@ def active_terms(recipe: Recipe, terms: Terms = NO_TERMS) -> dict[str, type[Term
     known = TERMS | own
     for name in recipe.loss_weights:
         if name not in known:
-            raise unknown(
-                "loss", f"loss_weights.{name}", [f"loss_weights.{other}" for other in known]
-            )
+            allowed = [f"loss_weights.{other}" for other in known]
+            raise unknown("loss", f"loss_weights.{name}", allowed)
     return {name: term for name, term in known.items() if name in recipe.active_losses}
 
 
@@ -73,12 +69,19 @@ def needs_of(recipe: Recipe, terms: Terms = NO_TERMS) -> list[Needs]:
     return [term.needs_in(recipe) for term in active_terms(recipe, terms).values()]
 
 
-def without_run_state(heads: Mapping[str, Any], terms: Terms = TERMS) -> dict[str, Tensor]:
+def without_run_state(heads: Mapping[str, Any], terms: Terms) -> dict[str, Tensor]:
     """Leave out the tensors of an objective that another run cannot use; see `Term.run_state`."""
-    left_out = tuple(
-        f"terms.{name}.{start}" for name, term in terms.items() for start in term.run_state
-    )
-    return {n: t for n, t in heads.items() if isinstance(t, Tensor) and not n.startswith(left_out)}
+    left_out = _names(terms, "run_state")
+    tensors = {name: value for name, value in heads.items() if isinstance(value, Tensor)}
+    return {name: tensors[name] for name in tensors if not name.startswith(left_out)}
+
+
+def _names(terms: Mapping[str, Any], attribute: str) -> tuple[str, ...]:
+    """Beginnings of the names of tensors that losses list in an attribute, as an objective has them."""
+    names = list[str]()
+    for name, term in terms.items():
+        names += [f"terms.{name}.{start}" for start in getattr(term, attribute)]
+    return tuple(names)
 
 
 class Objective(nn.Module):
@@ -93,19 +96,19 @@ class Objective(nn.Module):
         self.recipe = recipe
         self.classes = active = active_terms(recipe, terms)
         self.weights = {name: recipe.loss_weights[name] for name in active}
-        self.terms = nn.ModuleDict({name: term(recipe, model) for name, term in active.items()})
+        built = {name: term(recipe, model) for name, term in active.items()}
+        self.terms = nn.ModuleDict(built)
         self.needs = needs_of(recipe, terms)
         self.reaches_all = any(term.reaches_all for term in active.values())
         self.reads_pixels = any(term.reads_pixels for _, term in self._terms())
         # The first loss that compares images with captions, and beginnings of names of layers whose outputs are words
-        self.watched = next((name for name, term in active.items() if term.compares_pairs), None)
-        self.over_vocabulary = tuple(
-            f"terms.{n}.{layer}." for n, t in active.items() for layer in t.over_vocabulary
-        )
+        comparing = [name for name, term in active.items() if term.compares_pairs]
+        self.watched = comparing[0] if comparing else None
+        layers = _names(active, "over_vocabulary")
+        self.over_vocabulary = tuple(f"{layer}." for layer in layers)
         for name, tower in product(active, ("image_tower", "text_tower")):
-            if active[name].needs.tokens and not getattr(
-                getattr(model, tower), "gives_tokens", True
-            ):
+            gives_tokens = getattr(getattr(model, tower), "gives_tokens", True)
+            if active[name].needs.tokens and not gives_tokens:
                 raise UserError(
                     f"{name} needs token states, which this {tower} lacks. Set loss_weights.{name} to 0."
                 )
@@ -147,13 +150,11 @@ class Objective(nn.Module):
         """Compute the losses from the towers' outputs for the whole batch, as `forward`."""
         terms = self._terms()
         # (V, B, d) and (T, B, d)
-        images, texts = (
-            F.normalize(to_float32(x), dim=-1) for x in (outputs.images, outputs.texts)
-        )
+        images = F.normalize(to_float32(outputs.images), dim=-1)
+        texts = F.normalize(to_float32(outputs.texts), dim=-1)
         encoded = Encodings(images, texts, outputs, batch)
-        features = {
-            name: _all_to_float32(term.features(encoded)) for name, term in terms
-        }  # (B, …) each
+        # (B, …) each
+        features = {name: _all_to_float32(term.features(encoded)) for name, term in terms}
         keys = {name: term.keys(features[name]) for name, term in terms}
         gathered = own = Rows(outputs.views, images, texts, {})
         if gather is not None:
@@ -164,30 +165,31 @@ class Objective(nn.Module):
         similarity = Similarity(model.logit_scale.exp(), model.logit_bias)
         losses = {}
         for name, term in terms:
-            rows, key_rows = replace(own, extra=features[name]), replace(gathered, extra=keys[name])
+            rows = replace(own, extra=features[name])
+            key_rows = replace(gathered, extra=keys[name])
             with torch.autocast(texts.device.type, enabled=False):  # losses are float32
                 losses[name] = term.loss(rows, key_rows, similarity, offset)
-        return {
-            **losses,
-            "loss": torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum(),
-        }
+        weighted = [self.weights[name] * loss for name, loss in losses.items()]
+        return losses | {"loss": torch.stack(weighted).sum()}
 
     def run_towers(self, model: DualEncoder, batch: PairBatch) -> TowerOutputs:
         """Run the towers; a part of a batch gives that part of the whole batch's outputs."""
-        tokens, pre_logits, masked = (
-            any(getattr(need, output) for need in self.needs)
-            for output in ("tokens", "pre_logits", "masked")
-        )
+        tokens = any(need.tokens for need in self.needs)
+        pre_logits = any(need.pre_logits for need in self.needs)
+        masked = any(need.masked for need in self.needs)
         # V · (B, 3, S, S) → (V, B, d)
         images = encode_views(model, [view.pixels for view in batch.views.values()])
         captions, masked_at, lengths = self._captions(batch, masked)  # (T or T + 1, B, L)
         train = self.recipe.train
-        buckets, step = train.length_buckets, length_step(train)
+        buckets = train.length_buckets
+        step = length_step(train)
         # (T · B, d)
         texts = encode_by_length(model.text_tower, captions.flatten(0, 1), lengths, buckets, step)
-        count, size = captions.shape[:2]
-        text_tokens = texts.text_tokens.unflatten(0, (count, size))  # (T, B, L, w)
-        rows, targets = None, None
+        shape = captions.shape[:2]
+        pooled = texts.pooled.unflatten(0, shape)  # (T, B, d)
+        text_tokens = texts.text_tokens.unflatten(0, shape)  # (T, B, L, w)
+        rows = None
+        targets = None
         if masked and batch.labels is not None:
             # (M, w) and (M,), of the masked tokens
             rows, targets = chosen_rows(text_tokens[masked_at], batch.labels, batch.mask_positions)
@@ -196,11 +198,11 @@ class Objective(nn.Module):
             images=images.pooled,
             pre_logits=images.pre_logits if pre_logits else None,
             patches=images.tokens if tokens else None,
-            texts=texts.pooled.unflatten(0, (count, size))[: len(batch.texts)],
+            texts=pooled[: len(batch.texts)],
             text_tokens=text_tokens[0] if tokens else None,
             masked_tokens=rows,
             targets=targets,
-            lengths=texts.lengths[:size],
+            lengths=texts.lengths[: len(batch)],
         )
 
     @torch.no_grad()
@@ -213,14 +215,9 @@ class Objective(nn.Module):
 
     def process_state(self) -> dict[str, Tensor]:
         """The tensors that differ between processes, see `Term.process_state`, on the host."""
-        starts = tuple(
-            f"terms.{name}.{start}" for name, term in self._terms() for start in term.process_state
-        )
-        return {
-            name: tensor.cpu()
-            for name, tensor in self.state_dict().items()
-            if name.startswith(starts)
-        }
+        starts = _names(dict(self._terms()), "process_state")
+        state = self.state_dict()
+        return {name: state[name].cpu() for name in state if name.startswith(starts)}
 
     def _terms(self) -> list[tuple[str, Term]]:
         return list(self.terms.items())  # type: ignore[arg-type]  # a ModuleDict does not know its values' class
@@ -228,13 +225,14 @@ class Objective(nn.Module):
     def _captions(self, batch: PairBatch, masked: bool) -> tuple[Tensor, int, Tensor | None]:
         """The sequences to encode (T or T + 1, B, L), which of them the language head reads, and their lengths."""
         lengths = None if batch.lengths is None else batch.lengths.flatten()
+        captions = batch.texts
         if batch.masked is not None and self.recipe.views.text.mask is not False:
-            return torch.cat([batch.masked[None], batch.texts[1:]]), 0, lengths
-        if batch.masked is None or not masked:
-            return batch.texts, 0, lengths
-        if lengths is not None:
-            lengths = torch.cat([lengths, lengths[: len(batch)]])
-        return torch.cat([batch.texts, batch.masked[None]]), len(batch.texts), lengths
+            captions = torch.cat([batch.masked[None], captions[1:]])
+        elif batch.masked is not None and masked:
+            if lengths is not None:
+                lengths = torch.cat([lengths, lengths[: len(batch)]])
+            return torch.cat([captions, batch.masked[None]]), len(captions), lengths
+        return captions, 0, lengths
 
 
 def _all_to_float32(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -253,28 +251,28 @@ def gather_rows(
     Everything travels as one (B, k) float tensor: booleans as 0 and 1, and the bits of integers as floats that are only
     copied, never computed with. `extra` has, by loss and name, features (B, …), of one shape but for B.
     """
-    tensors = {("", "images"): own.images.transpose(0, 1), ("", "texts"): own.texts.transpose(0, 1)}
-    tensors |= {
-        (term, name): rows for term, features in extra.items() for name, rows in features.items()
-    }
+    tensors = [own.images.transpose(0, 1), own.texts.transpose(0, 1)]
+    for features in extra.values():
+        tensors += features.values()
     # (B, k), split after the collective by the same widths
-    packed = [_as_floats(rows, own.texts.dtype) for rows in tensors.values()]
-    columns = gather(torch.cat(packed, dim=1)).split([rows.shape[1] for rows in packed], dim=1)
+    packed = [_as_floats(rows, own.texts.dtype) for rows in tensors]
+    widths = [rows.shape[1] for rows in packed]
+    columns = gather(torch.cat(packed, dim=1)).split(widths, dim=1)
     # (N, …) as they were before
-    gathered = {
-        key: _unpacked(column, rows)
-        for (key, rows), column in zip(tensors.items(), columns, strict=True)
-    }
-    images, texts = (gathered["", name].transpose(0, 1) for name in ("images", "texts"))
-    everyone = Rows(own.views, images, texts, {})
-    return everyone, {
-        term: {name: gathered[term, name] for name in features} for term, features in extra.items()
-    }
+    unpacked = map(_unpacked, columns, tensors)
+    images = next(unpacked).transpose(0, 1)
+    texts = next(unpacked).transpose(0, 1)
+    gathered = {}
+    for term, features in extra.items():
+        gathered[term] = {name: next(unpacked) for name in features}
+    return Rows(own.views, images, texts, {}), gathered
 
 
 def _as_floats(rows: Tensor, dtype: torch.dtype) -> Tensor:
     rows = rows.flatten(1) if rows.ndim > 1 else rows.unsqueeze(1)
-    return rows.contiguous().view(dtype) if rows.dtype == torch.int64 else rows.to(dtype)
+    if rows.dtype == torch.int64:
+        return rows.contiguous().view(dtype)
+    return rows.to(dtype)
 
 
 def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
@@ -292,10 +290,10 @@ def encode_views(model: DualEncoder, views: Sequence[Tensor]) -> ImageFeatures:
     """
     tower: ImageTower = model.image_tower
     alone = model.training and tower.has_batch_norm
-    passes = [tower(pixels) for pixels in (views if alone else [torch.cat([*views])])]
-    pooled, pre_logits = (
-        torch.cat([getattr(some, name) for some in passes]) for name in ("pooled", "pre_logits")
-    )
+    batches = views if alone else [torch.cat([*views])]
+    passes = [tower(pixels) for pixels in batches]
     # (V · B, k) → (V, B, k)
-    pooled, pre_logits = (rows.unflatten(0, (len(views), -1)) for rows in (pooled, pre_logits))
+    shape = (len(views), -1)
+    pooled = torch.cat([some.pooled for some in passes]).unflatten(0, shape)
+    pre_logits = torch.cat([some.pre_logits for some in passes]).unflatten(0, shape)
     return ImageFeatures(pooled, pre_logits, passes[0].tokens[: len(views[0])])

@@ -33,18 +33,18 @@ def nt_xent(
     so the mean over ranks of the ranks' losses is the loss of the whole batch.
     Head outputs, of any length, are (B, d) of this rank and (N, d) of all ranks; others as `cross_entropy_to_keys`.
     """
-    z1, z2, keys1, keys2 = (F.normalize(to_float32(x), dim=-1) for x in (z1, z2, keys1, keys2))
+    normalized = [F.normalize(to_float32(x), dim=-1) for x in (z1, z2, keys1, keys2)]
+    z1, z2, keys1, keys2 = normalized
 
     def view(rows: Tensor, own_keys: Tensor, other_keys: Tensor) -> Tensor:
         def loss(start: int, stop: int) -> Tensor:
             positives = torch.arange(offset + start, offset + stop, device=rows.device)
-            others, same = (
-                scaled_similarity(rows[start:stop], keys, 1 / temperature)
-                for keys in (other_keys, own_keys)
-            )
+            others = scaled_similarity(rows[start:stop], other_keys, 1 / temperature)
+            same = scaled_similarity(rows[start:stop], own_keys, 1 / temperature)
             # (rows, 2N): the other view of all images, then the same view without the image itself
-            itself = positives.unsqueeze(1) == torch.arange(len(own_keys), device=rows.device)
-            logits = torch.cat([others, same.masked_fill(itself, -torch.inf)], dim=1)
+            itself = positives[:, None] == torch.arange(len(own_keys), device=rows.device)
+            same = same.masked_fill(itself, -torch.inf)
+            logits = torch.cat([others, same], dim=1)
             return F.cross_entropy(logits, positives, reduction="sum")
 
         return mean_in_blocks(loss, len(rows), 2 * len(own_keys) * rows.itemsize, max_logit_bytes)
@@ -76,12 +76,19 @@ class SimCLR(Term):
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         # (2, B, h), without the milder view
-        views = require(encoded.outputs.pre_logits)[augmented_views(encoded.outputs.views)]
-        return {name: self.head(view) for name, view in zip(("z1", "z2"), views, strict=True)}
+        augmented = augmented_views(encoded.outputs.views)
+        first, second = require(encoded.outputs.pre_logits)[augmented]
+        return {"z1": self.head(first), "z2": self.head(second)}
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        z1, z2, keys1, keys2 = (rows.extra[name] for rows in (own, keys) for name in ("z1", "z2"))
-        return nt_xent(z1, z2, keys1, keys2, offset=offset, max_logit_bytes=self.max_logit_bytes)
+        return nt_xent(
+            own.extra["z1"],
+            own.extra["z2"],
+            keys.extra["z1"],
+            keys.extra["z2"],
+            offset=offset,
+            max_logit_bytes=self.max_logit_bytes,
+        )
 
     def chance(self, batch_size: int) -> float:
         return math.log(2 * batch_size - 1)

@@ -18,10 +18,9 @@ def negative_cosine(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
         -½ mean over b of [ cos(p1[b], z2[b]) + cos(p2[b], z1[b]) ],  no gradient into z
     with predictions p and projections z (B, d) of both views, of any length.
     """
-    p1, p2, z1, z2 = (to_float32(x) for x in (p1, p2, z1.detach(), z2.detach()))
-    first = F.cosine_similarity(p1, z2, dim=-1).mean()
-    second = F.cosine_similarity(p2, z1, dim=-1).mean()
-    return -(first + second) / 2
+    first = F.cosine_similarity(to_float32(p1), to_float32(z2.detach()), dim=-1)
+    second = F.cosine_similarity(to_float32(p2), to_float32(z1.detach()), dim=-1)
+    return -(first.mean() + second.mean()) / 2
 
 
 class SimSiam(Term):
@@ -40,14 +39,16 @@ class SimSiam(Term):
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         views = augmented_views(encoded.outputs.views)
-        z1, z2 = (self.projector(view) for view in encoded.outputs.images[views])
-        return {"p1": self.predictor(z1), "p2": self.predictor(z2), "z1": z1, "z2": z2}
+        z1, z2 = map(self.projector, encoded.outputs.images[views])
+        p1 = self.predictor(z1)
+        p2 = self.predictor(z2)
+        return {"p1": p1, "p2": p2, "z1": z1, "z2": z2}
 
     def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}  # each image is compared with itself alone
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
-        return negative_cosine(*(own.extra[name] for name in ("p1", "p2", "z1", "z2")))
+        return negative_cosine(**own.extra)
 
     def chance(self, batch_size: int) -> float:
         return 0.0

@@ -1,7 +1,7 @@
 """The base class of losses: a term owns its head, declares its needs, and computes its loss from features."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 import torch
@@ -29,22 +29,17 @@ class TowerOutputs:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are present, by field name."""
-        return {
-            f.name: value
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def joined(parts: Sequence[TowerOutputs]) -> TowerOutputs:
     """Join the outputs of consecutive parts of a batch."""
     # Of pairs; others count pairs or masked tokens first
     axes = dict.fromkeys(("images", "texts", "pre_logits"), 1)
-    names = parts[0].tensors()
-    whole = {
-        name: torch.cat([getattr(part, name) for part in parts], dim=axes.get(name, 0))
-        for name in names
-    }
+    whole = {}
+    for name in parts[0].tensors():
+        tensors = [getattr(part, name) for part in parts]
+        whole[name] = torch.cat(tensors, dim=axes.get(name, 0))
     return replace(parts[0], **whole)  # type: ignore[arg-type]  # the names are those of tensor fields
 
 

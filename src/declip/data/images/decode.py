@@ -21,15 +21,9 @@ from declip.data.pair import BrokenPair, LazyImage
 from declip.errors import UserError
 
 # The raster formats that data sets are made of. Pillow's others are rare, slow, or start other programs (EPS).
-FORMATS: tuple[str, ...] = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-    *(("AVIF",) if features.check("avif") else ()),
-)
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+if features.check("avif"):
+    FORMATS += ("AVIF",)
 with suppress(ImportError):
     import pillow_heif
 
@@ -67,16 +61,7 @@ MOST_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 2 GiB 
 LARGEST_IMAGE = 100_000_000  # bytes of a file
 # Errors of Pillow's readers for a damaged file, besides OSError.
 DAMAGE = (
-    *(
-        SyntaxError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        EOFError,
-        OverflowError,
-        RuntimeError,
-    ),
+    *(SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, RuntimeError),
     *(struct.error, zlib.error),
 )
 
@@ -88,11 +73,8 @@ TURNS = dict(enumerate((*UPRIGHT, *SIDEWAYS), 2))
 SCALES = (8, 4, 2)  # divisors of the sides that libjpeg supports while it decodes
 # Pixels that a side keeps at least; the decoders disagree about images smaller than a block
 SMALLEST_SCALED = 8
-SAME_EVERYWHERE = (
-    "YCbCr",
-    "Gray",
-    "RGB",
-)  # color spaces that simplejpeg converts to the same RGB as Pillow
+# Color spaces that simplejpeg converts to the same RGB as Pillow
+SAME_EVERYWHERE = ("YCbCr", "Gray", "RGB")
 AnyImage = Path | bytes | Image.Image  # an image, its file, or the bytes of that
 # What the Python functions take for an image, see `read_picture`
 Picture = Image.Image | str | Path | np.ndarray
@@ -212,9 +194,8 @@ def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
     plain = Path(os.path.abspath(root / path))
     inside = plain.is_relative_to(os.path.abspath(root))
     try:
-        inside = inside and (
-            not follow or Path(os.path.realpath(plain)).is_relative_to(os.path.realpath(root))
-        )
+        if inside and follow:
+            inside = Path(os.path.realpath(plain)).is_relative_to(os.path.realpath(root))
     except (OSError, ValueError) as error:
         raise BrokenPair("missing image", key, str(error)) from error
     if not inside:
@@ -233,7 +214,8 @@ def rgb(image: Image.Image) -> Image.Image:
         # Of TIFF: 0 is white, which Pillow applies at 8 bits only
         if getattr(image, "tag_v2", {}).get(262) == 0:
             values = top - values
-        image = Image.fromarray((values.clip(0.0, top) * (255.0 / top) + 0.5).astype(np.uint8))
+        levels = values.clip(0.0, top) * (255.0 / top) + 0.5
+        image = Image.fromarray(levels.astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -259,7 +241,9 @@ class LazyJpeg(LazyImage):
 
     def __init__(self, content: bytes, key: str, image: Image.Image) -> None:
         self.content = content
-        self._key, self._stored, self._turn = key, image.size, TURNS.get(orientation(image))
+        self._key = key
+        self._stored = image.size
+        self._turn = TURNS.get(orientation(image))
         self.size = image.size[::-1] if self._turn in SIDEWAYS else image.size
         self.scales = tuple(scale for scale in SCALES if min(image.size) >= SMALLEST_SCALED * scale)
 
@@ -269,14 +253,12 @@ class LazyJpeg(LazyImage):
         if pixels is None:
             with opened(self.content, self._key) as (image, _):
                 if scale > 1:
-                    image.draft(None, (self._stored[0] // scale, self._stored[1] // scale))
+                    image.draft(None, (image.width // scale, image.height // scale))
                 image.load()
                 pixels = np.asarray(rgb(image))
-        return (
-            pixels
-            if self._turn is None
-            else np.asarray(Image.fromarray(pixels).transpose(self._turn))
-        )
+        if self._turn is None:
+            return pixels
+        return np.asarray(Image.fromarray(pixels).transpose(self._turn))
 
     def _by_simplejpeg(self, width: int, height: int) -> np.ndarray | None:
         """The pixels as stored; None without simplejpeg, or for an unusual file that Pillow has to check."""
@@ -286,12 +268,9 @@ class LazyJpeg(LazyImage):
             stored_height, stored_width, colors, _ = simplejpeg.decode_jpeg_header(self.content)
             if (stored_width, stored_height) != self._stored or colors not in SAME_EVERYWHERE:
                 return None
-            least = (
-                {}
-                if (width, height) == self._stored
-                else {"min_width": width, "min_height": height}
-            )
-            pixels = simplejpeg.decode_jpeg(self.content, **least)
+            least = {"min_width": width, "min_height": height}
+            whole = (width, height) == self._stored
+            pixels = simplejpeg.decode_jpeg(self.content, **({} if whole else least))
         except (ValueError, MemoryError):
             return None
         return pixels if pixels.shape == (height, width, 3) else None
@@ -304,7 +283,9 @@ class LazyFile(LazyImage):
     """
 
     def __init__(self, content: bytes, key: str, most_pixels: int) -> None:
-        self._content, self._key, self._most_pixels = content, key, most_pixels
+        self._content = content
+        self._key = key
+        self._most_pixels = most_pixels
 
     @cached_property
     def _upright(self) -> Image.Image:

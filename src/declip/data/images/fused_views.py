@@ -57,7 +57,7 @@ def apply(
         # (k, 1, H, H) @ (k, 3, H, W) @ (k, 1, W, W)
         blurred = taps @ out.index_select(0, rows) @ taps.mT
         out.index_copy_(0, rows, blurred)
-    return out.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+    return out.sub_(_each(mean)).div_(_each(std))
 
 
 def change_colors(images: Tensor, factors: Tensor, order: Tensor, gray: Tensor) -> Tensor:
@@ -69,19 +69,21 @@ def change_colors(images: Tensor, factors: Tensor, order: Tensor, gray: Tensor) 
     # Channels are separate (n, H, W), so that a compiler sees arithmetic alone and makes one kernel of it.
     pixels = _Colors(*(images.float() / 255).unbind(dim=1))
     # --- the mean gray level before contrast; the pixels themselves are computed again below, not stored
-    early, before = pixels, torch.ones_like(gray)
+    early = pixels
+    before = torch.ones_like(gray)
     for step in range(len(JITTER) - 1):
         before = before & (order[:, step] != CONTRAST)
         changed = _changed(early, order[:, step], factors, None)
-        early = _Colors(
-            *(torch.where(_each(before), *pair) for pair in zip(changed, early, strict=True))
-        )
+        both = zip(changed, early, strict=True)
+        early = _Colors(*[torch.where(_each(before), new, old) for new, old in both])
     level = _luma(early).mean(dim=(1, 2))
     # --- all operations
     for step in range(len(JITTER)):
         pixels = _changed(pixels, order[:, step], factors, level)
     luma = _luma(pixels)
-    return torch.stack([torch.where(_each(gray), luma, channel) for channel in pixels], dim=1)
+    is_gray = _each(gray)
+    channels = [torch.where(is_gray, luma, channel) for channel in pixels]
+    return torch.stack(channels, dim=1)
 
 
 class _Colors(NamedTuple):
@@ -99,16 +101,15 @@ def _changed(pixels: _Colors, operation: Tensor, factors: Tensor, level: Tensor 
     anchor = torch.where(_each(operation == SATURATION), _luma(pixels), 0.0)
     if level is not None:
         anchor = torch.where(_each(operation == CONTRAST), _each(level), anchor)
-    anchor, scale, is_hue = anchor * _each(1 - factor), _each(factor), _each(operation == HUE)
-    turned = _turned(pixels, factor)
-    return _Colors(
-        *(
-            torch.where(
-                is_hue, torch.where(scale != 0, new, old), (old * scale + anchor).clamp(0, 1)
-            )
-            for old, new in zip(pixels, turned, strict=True)
-        )
-    )
+    anchor = anchor * _each(1 - factor)
+    scale = _each(factor)
+    is_hue = _each(operation == HUE)
+    channels = []
+    for old, new in zip(pixels, _turned(pixels, factor), strict=True):
+        moved = (old * scale + anchor).clamp(0, 1)
+        new = torch.where(scale != 0, new, old)
+        channels.append(torch.where(is_hue, new, moved))
+    return _Colors(*channels)
 
 
 def _turned(pixels: _Colors, shift: Tensor) -> _Colors:
@@ -117,7 +118,8 @@ def _turned(pixels: _Colors, shift: Tensor) -> _Colors:
     low = torch.minimum(torch.minimum(red, green), blue)
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - low
-    angle = ((green + blue - red - low) / chroma.clamp_min(1e-12) + 1).copysign(green - blue)
+    angle = (green + blue - red - low) / chroma.clamp_min(1e-12) + 1
+    angle = angle.copysign(green - blue)
     channels = []
     for color in (0.0, 2.0, 4.0):
         peak = color - 6 * shift
@@ -136,7 +138,8 @@ def blur_matrices(sigma: Tensor, size: int, device: torch.device) -> Tensor:
     # Made on the device: a copy of megabytes in each step might wait.
     positions = torch.arange(size, device=device)
     sources = positions[:, None] + torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=device)
-    sources = (sources.abs() - (size - 1)).abs().neg() + (size - 1)  # (size, taps)
+    last = size - 1
+    sources = last - (sources.abs() - last).abs()  # (size, taps)
     hits = (sources.unsqueeze(2) == positions).float()  # (size, taps, size)
     taps = taps.to(device, non_blocking=True)
     # einsum, not a scatter, whose order of additions a GPU does not fix
@@ -144,7 +147,8 @@ def blur_matrices(sigma: Tensor, size: int, device: torch.device) -> Tensor:
 
 
 def _luma(pixels: _Colors) -> Tensor:
-    return pixels.red * LUMA[0] + pixels.green * LUMA[1] + pixels.blue * LUMA[2]
+    red, green, blue = LUMA
+    return pixels.red * red + pixels.green * green + pixels.blue * blue
 
 
 def _each(values: Tensor) -> Tensor:

@@ -35,23 +35,27 @@ class Preprocess:
         self.resize = resize or size
         # Of the shorter side of a reduced image, see `LazyImage.reduced`
         self.enough = LEFT * self.resize
-        self.size, self.squash, self.filter = size, squash, Image.Resampling[interpolation.upper()]
-        self.mean, self.std = (
-            torch.tensor(tuple(values), dtype=torch.float32) for values in (mean, std)
-        )
+        self.size = size
+        self.squash = squash
+        self.filter = Image.Resampling[interpolation.upper()]
+        self.mean = torch.tensor(tuple(mean), dtype=torch.float32)
+        self.std = torch.tensor(tuple(std), dtype=torch.float32)
 
     def __call__(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Preprocess n images of any size and mode, or one, to (n, 3, size, size) float32 on the host."""
         images = [images] if isinstance(images, Image.Image) else images
-        pixels = np.empty((len(images), self.size, self.size, 3), dtype=np.uint8)
+        shape = len(images), self.size, self.size, 3
+        pixels = np.empty(shape, np.uint8)
         for row, image in enumerate(images):
             ready = image.mode == "RGB" and not image.info  # as `decode` leaves it
             pixels[row] = np.asarray(self.square(image if ready else apply_exif(image)))
-        return self.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2)).contiguous()
+        channels_last = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return self.normalize(channels_last).contiguous()
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Normalize pixels (n, 3, size, size) uint8 as float32, in their memory format and on their device."""
-        mean, std = (values.to(pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        mean = self.mean.to(pixels.device).view(3, 1, 1)
+        std = self.std.to(pixels.device).view(3, 1, 1)
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     def fast(self, image: LazyImage) -> Tensor:
@@ -61,32 +65,36 @@ class Preprocess:
     def resized(self, pixels: np.ndarray) -> Tensor:
         """Crop and resize (H, W, 3) to (3, size, size) uint8, channels last, in a third of Pillow's time."""
         height, width = pixels.shape[:2]
-        if max(height, width) > LONGEST_SHAPE * min(height, width):
-            return torch.from_numpy(np.array(self.square(Image.fromarray(pixels)))).permute(2, 0, 1)
-        inner = [
-            self.size if self.squash else int(self.resize * side / min(height, width))
-            for side in (height, width)
-        ]
-        given = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(
-            2, 0, 1
-        )
-        if inner != [height, width]:
-            given = F.interpolate(
-                given[None], tuple(inner), mode=self.filter.name.lower(), antialias=True
-            )[0]
+        short = min(height, width)
+        if max(height, width) > LONGEST_SHAPE * short:
+            square = np.array(self.square(Image.fromarray(pixels)))
+            return torch.from_numpy(square).permute(2, 0, 1)
+        inner = (self.size, self.size)
+        if not self.squash:
+            inner = int(self.resize * height / short), int(self.resize * width / short)
+        writeable = pixels if pixels.flags.writeable else pixels.copy()
+        given = torch.from_numpy(writeable).permute(2, 0, 1)
+        if inner != (height, width):
+            mode = self.filter.name.lower()
+            given = F.interpolate(given[None], inner, mode=mode, antialias=True)[0]
         top, left = (round((side - self.size) / 2) for side in inner)
         return given[:, top : top + self.size, left : left + self.size]
 
     def square(self, image: Image.Image) -> Image.Image:
         """Resize the shorter side to `resize` and crop the center, as torchvision rounds; or squash."""
+        square = self.size, self.size
         if self.squash:
-            return image.resize((self.size, self.size), self.filter)
+            return image.resize(square, self.filter)
         short = min(image.size)
         width, height = (int(self.resize * side / short) for side in image.size)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        left = round((width - self.size) / 2)
+        top = round((height - self.size) / 2)
+        right = left + self.size
+        bottom = top + self.size
         if max(image.size) > LONGEST_SHAPE * short:
-            across, down = image.width / width, image.height / height
-            box = (left * across, top * down, (left + self.size) * across, (top + self.size) * down)
-            return image.resize((self.size, self.size), self.filter, box)
+            across = image.width / width
+            down = image.height / height
+            box = (left * across, top * down, right * across, bottom * down)
+            return image.resize(square, self.filter, box)
         resized = image.resize((width, height), self.filter)
-        return resized.crop((left, top, left + self.size, top + self.size))
+        return resized.crop((left, top, right, bottom))

@@ -42,7 +42,8 @@ def shrunk(image: Image.Image, side: int) -> Image.Image:
 
 def pixels(array: np.ndarray, alt: str) -> Thumbnail:
     """A (3, H, W) image with values from 0 to 1, pixel for pixel, without loss."""
-    image = Image.fromarray((array.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+    levels = (array.clip(0, 1) * 255).round().astype(np.uint8)
+    image = Image.fromarray(levels.transpose(1, 2, 0))
     return Thumbnail(_data_uri(image, "png", optimize=True), alt)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -11,18 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.data.batch import Photometric, View, unpack_photometric
+from declip.data.batch import View, unpack_photometric
 from declip.recipe.schema import ImageView
 
-LUMA = (
-    0.2989,
-    0.587,
-    0.114,
-)  # of red, green and blue in a gray value, as torchvision has it (ITU-R 601-2)
+# Of red, green and blue in a gray value, as torchvision has it (ITU-R 601-2)
+LUMA = (0.2989, 0.587, 0.114)
 # Of the float32 images processed together on a CPU: they fit its second-level cache
 CHUNK_BYTES = 1 << 19
 # A tap further out weighs less than 2e-8 of the central one: no effect in float32
 SIGMAS_KEPT = 6.0
+NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0], np.float32)  # factors without an effect
+PEAKS = (0.0, 2.0, 4.0)  # hues of red, green and blue, in sixths of a turn
 CROP_ATTEMPTS = 10  # boxes sampled before the largest central one is taken, as in torchvision's RandomResizedCrop
 RATIO = (3 / 4, 4 / 3)  # smallest and largest aspect ratio of a box
 BLUR_SIGMA = (0.1, 2.0)  # smallest and largest sigma of the blur, in pixels
@@ -32,13 +32,15 @@ BLUR_RADIUS = 6  # pixels that the blur's kernel reaches: three of the largest s
 def apply(images: Tensor, photometric: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Apply the sampled parameters, then normalize: (n, 3, H, W) uint8 to float32, on the images' device."""
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-    mean, std = mean.view(3, 1, 1), std.view(3, 1, 1)
+    mean = mean.view(3, 1, 1)
+    std = std.view(3, 1, 1)
     limit = len(images)
     if images.device.type == "cpu" and limit:
         limit = max(1, CHUNK_BYTES // (4 * images[0].numel()))
     for chunk in _chunks(photometric, limit):
         # A blocking copy would synchronize with the device, about a hundred times in a step.
-        rows, factors, grays = (part.to(images.device, non_blocking=True) for part in chunk[1:4])
+        parts = [part.to(images.device, non_blocking=True) for part in chunk[1:4]]
+        rows, factors, grays = parts
         pixels = images.index_select(0, rows).float().div_(255)
         for number in chunk.operations:
             JITTER[number](pixels, factors[number])
@@ -62,48 +64,45 @@ class _Chunk(NamedTuple):
 
 def _chunks(photometric: Tensor, limit: int) -> Iterator[_Chunk]:
     """Group the samples by their operations, at most `limit` in a chunk, those with the widest blur last."""
-    params = unpack_photometric(photometric.cpu())
-    jitter = params.jitter.numpy()
-    is_gray = params.gray.numpy()
-    sigma = params.sigma.numpy()
-    factors = params.factors.T.contiguous().numpy()  # (4, n)
-    order = params.order.numpy()
-    neutral = np.array([[1.0], [1.0], [1.0], [0.0]], dtype=np.float32)
+    columns = [column.numpy() for column in unpack_photometric(photometric.cpu())]
+    factors, order, jitter, is_gray, sigma = columns
     # An operation without effect is removed from a sample's order: -1, sorted to the end.
-    acts = np.take_along_axis((factors != neutral).T & jitter[:, None], order, axis=1)
+    effective = (factors != NEUTRAL) & jitter[:, None]
+    acts = np.take_along_axis(effective, order, axis=1)
     order = np.where(acts, order, -1)
     # (n, 4): the operations that act, in their order, then -1
-    order = np.take_along_axis(order, np.argsort(~acts, axis=1, kind="stable"), axis=1)
+    acting_first = np.argsort(~acts, axis=1, kind="stable")
+    order = np.take_along_axis(order, acting_first, axis=1)
     # One number for each list of operations: equal ones form a chunk
     code = (order + 1) @ np.array([125, 25, 5, 1])
     rows = np.lexsort((sigma, code))
-    edges = np.flatnonzero(np.diff(code[rows], prepend=-1))
-    for start, stop in zip(edges, [*edges[1:], len(rows)], strict=True):
+    edges = np.flatnonzero(np.diff(code[rows], prepend=-1, append=-1))
+    for start, stop in pairwise(edges):
         operations = tuple(number for number in order[rows[start]].tolist() if number >= 0)
         for first in range(start, stop, limit):
             members = rows[first : min(first + limit, stop)]
             blurred = sigma[members][sigma[members] > 0]
-            arrays = members, factors[:, members], np.flatnonzero(is_gray[members]), blurred
-            yield _Chunk(operations, *map(torch.from_numpy, arrays))
+            grays = np.flatnonzero(is_gray[members])
+            own = np.ascontiguousarray(factors[members].T)
+            yield _Chunk(operations, *map(torch.from_numpy, (members, own, grays, blurred)))
 
 
 def brightness(images: Tensor, factor: Tensor) -> None:
     """Multiply (n, 3, H, W) images by their factors (n,), in place; values stay in [0, 1], as in all below."""
-    images.mul_(factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+    images.mul_(_each(factor)).clamp_(0, 1)
 
 
 def contrast(images: Tensor, factor: Tensor) -> None:
     """Move each image away from, or towards, its own mean gray value, in place."""
     level = images.mean(dim=(2, 3)) @ _like(images, LUMA)
-    images.mul_(factor.view(-1, 1, 1, 1)).add_((level * (1 - factor)).view(-1, 1, 1, 1)).clamp_(
-        0, 1
-    )
+    moved = level * (1 - factor)
+    images.mul_(_each(factor)).add_(_each(moved)).clamp_(0, 1)
 
 
 def saturation(images: Tensor, factor: Tensor) -> None:
     """Move each pixel away from, or towards, its own gray value, in place."""
-    level = _luma(images).mul_((1 - factor).view(-1, 1, 1, 1))
-    images.mul_(factor.view(-1, 1, 1, 1)).add_(level).clamp_(0, 1)
+    level = _luma(images).mul_(_each(1 - factor))
+    images.mul_(_each(factor)).add_(level).clamp_(0, 1)
 
 
 def hue(images: Tensor, shift: Tensor) -> None:
@@ -116,19 +115,19 @@ def hue(images: Tensor, shift: Tensor) -> None:
     red, green, blue = images.unbind(1)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
-    angle = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
-    angle.copysign_(green - blue)
-    peak = _like(images, (0.0, 2.0, 4.0)) - 6 * shift.view(-1, 1)
+    angle = (green + blue).sub_(red).sub_(low)
+    angle.div_(chroma.clamp_min(1e-12)).add_(1).copysign_(green - blue)
+    peak = _like(images, PEAKS) - 6 * shift[:, None]  # (n, 3)
     peak = peak - 6 * torch.round(peak / 6)
-    torch.sub(angle.unsqueeze(1), peak.view(-1, 3, 1, 1), out=images)
-    images.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma.unsqueeze(1)).add_(
-        low.unsqueeze(1)
-    )
+    torch.sub(angle[:, None], peak[:, :, None, None], out=images)
+    images.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
+    images.mul_(chroma[:, None]).add_(low[:, None])
 
 
 def gray(images: Tensor, rows: Tensor) -> None:
     """Replace the colors of the images `rows` (m,) by their gray value, in place."""
-    images.index_copy_(0, rows, _luma(images.index_select(0, rows)).expand(-1, 3, -1, -1))
+    level = _luma(images.index_select(0, rows))
+    images.index_copy_(0, rows, level.expand(-1, 3, -1, -1))
 
 
 def blur(images: Tensor, sigma: Tensor) -> None:
@@ -141,18 +140,18 @@ def blur(images: Tensor, sigma: Tensor) -> None:
     taps = torch.exp(-0.5 * (distance / sigma.view(-1, 1)) ** 2)
     taps /= 2 * taps.sum(dim=1, keepdim=True) - 1
     reach = min(BLUR_RADIUS, math.ceil(SIGMAS_KEPT * float(sigma.max())))
-    taps = taps.to(images.device, non_blocking=True).view(len(images), 1, 1, 1, BLUR_RADIUS + 1)
+    taps = taps.to(images.device, non_blocking=True)[:, None, None, None]
     both = torch.empty_like(images)
     for axis in (3, 2):
         pad = (reach, reach, 0, 0) if axis == 3 else (0, 0, reach, reach)
-        source, length = F.pad(images, pad, mode="reflect"), images.shape[axis]
-        torch.mul(source.narrow(axis, reach, length), taps[..., 0], out=images)
+        source = F.pad(images, pad, mode="reflect")
+        length = images.shape[axis]
+        middle = source.narrow(axis, reach, length)
+        torch.mul(middle, taps[..., 0], out=images)
         for k in range(1, reach + 1):
-            torch.add(
-                source.narrow(axis, reach - k, length),
-                source.narrow(axis, reach + k, length),
-                out=both,
-            )
+            before = source.narrow(axis, reach - k, length)
+            after = source.narrow(axis, reach + k, length)
+            torch.add(before, after, out=both)
             images.addcmul_(both, taps[..., k])
 
 
@@ -161,12 +160,18 @@ def _like(images: Tensor, values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=images.dtype).to(images.device, non_blocking=True)
 
 
+def _each(values: Tensor) -> Tensor:
+    """(n,) → (n, 1, 1, 1), a number for each image."""
+    return values[:, None, None, None]
+
+
 def _luma(images: Tensor) -> Tensor:
     red, green, blue = images.split(1, dim=1)
-    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+    level = red * LUMA[0]
+    return level.add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
-# The operations of the color jitter by their number in `Photometric.order`.
+# The operations of the color jitter by their number in `Photometric.order`
 JITTER = (brightness, contrast, saturation, hue)
 
 
@@ -181,7 +186,8 @@ class Crop(NamedTuple):
 
     def reduced(self, scale: int) -> Crop:
         """The same crop of an image that is `scale` times smaller, rounded to its pixels."""
-        left, top = round(self.left / scale), round(self.top / scale)
+        left = round(self.left / scale)
+        top = round(self.top / scale)
         right = round((self.left + self.width) / scale)
         bottom = round((self.top + self.height) / scale)
         return Crop(left, top, right - left, bottom - top, self.flip)
@@ -191,22 +197,29 @@ class ViewTransform:
     """Samples and makes one training view of `size` x `size` pixels."""
 
     def __init__(self, size: int, augmentation: ImageView, interpolation: str = "bicubic") -> None:
-        self.size, self.augmentation, self.interpolation = size, augmentation, interpolation
+        self.size = size
+        self.augmentation = augmentation
+        self.interpolation = interpolation
 
     def box(
         self, width: int, height: int, generator: np.random.Generator
     ) -> tuple[int, int, int, int]:
         """Sample left, top, width and height of a box in pixels, as torchvision's RandomResizedCrop does."""
         low, high = self.augmentation.scale
-        ratio_low, ratio_high = math.log(RATIO[0]), math.log(RATIO[1])
+        ratio_low = math.log(RATIO[0])
+        ratio_high = math.log(RATIO[1])
         for _ in range(CROP_ATTEMPTS):
             size, shape, across, down = generator.random(4).tolist()
             area = width * height * (low + (high - low) * size)
             ratio = math.exp(ratio_low + (ratio_high - ratio_low) * shape)
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            w = round(math.sqrt(area * ratio))
+            h = round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
-                return int(across * (width - w + 1)), int(down * (height - h + 1)), w, h
-        w, h = width, height
+                left = int(across * (width - w + 1))
+                top = int(down * (height - h + 1))
+                return left, top, w, h
+        w = width
+        h = height
         if width / height < RATIO[0]:
             h = max(1, round(width / RATIO[0]))
         elif width / height > RATIO[1]:
@@ -215,10 +228,8 @@ class ViewTransform:
 
     def sample_crop(self, width: int, height: int, generator: np.random.Generator) -> Crop:
         """Sample the crop of an image of this size, and whether it is flipped."""
-        return Crop(
-            *self.box(width, height, generator),
-            bool(generator.random() < self.augmentation.hflip_prob),
-        )
+        box = self.box(width, height, generator)
+        return Crop(*box, generator.random() < self.augmentation.hflip_prob)
 
     def crop_and_resize(self, pixels: np.ndarray, crop: Crop) -> Tensor:
         """Crop, resize (antialiased) and maybe flip (H, W, 3) uint8 to (3, size, size) uint8."""
@@ -232,26 +243,25 @@ class ViewTransform:
         )
         return (view.flip(-1) if flip else view)[0]
 
-    def sample_params(self, generator: np.random.Generator) -> Photometric:
-        """Sample the photometric parameters of a view; the number of random numbers does not depend on the options."""
-        strength = self.augmentation.color_jitter
-        *factors, turn, spread, jittered, gray, blurred = generator.random(8).tolist()
-        order = generator.random(4).argsort()
-        brightness, contrast, saturation = (
-            (low := max(0.0, 1 - s)) + (1 + s - low) * u
-            for s, u in zip(strength, factors, strict=False)
-        )
+    def sample_params(self, generator: np.random.Generator) -> list[float]:
+        """Sample the photometric parameters of a view, a row of `unpack_photometric`.
+
+        The number of random numbers does not depend on the options.
+        """
+        options = self.augmentation
+        *draws, turn, spread, jittered, grayed, blurred = generator.random(8).tolist()
+        order = generator.random(4).argsort().tolist()
+        *strengths, turns = options.color_jitter
+        factors = []
+        for strength, draw in zip(strengths, draws, strict=True):
+            low = max(0.0, 1 - strength)
+            factors.append(low + (1 + strength - low) * draw)
+        factors.append(turns * (2 * turn - 1))
+        is_jittered = jittered < options.color_jitter_prob
+        is_gray = grayed < options.grayscale_prob
         low, high = BLUR_SIGMA
-        return Photometric(
-            brightness=brightness,
-            contrast=contrast,
-            saturation=saturation,
-            hue=strength[3] * (2 * turn - 1),
-            order=tuple(order.tolist()),
-            jitter=jittered < self.augmentation.color_jitter_prob,
-            gray=gray < self.augmentation.grayscale_prob,
-            sigma=low + (high - low) * spread if blurred < self.augmentation.blur_prob else 0.0,
-        )
+        sigma = low + (high - low) * spread if blurred < options.blur_prob else 0.0
+        return [*factors, *order, is_jittered, is_gray, sigma]
 
 
 Finish = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

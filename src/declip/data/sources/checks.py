@@ -45,8 +45,8 @@ def refuse_broken(source: PairSource, allowed: float) -> None:
 def evenly_spaced(source: PairSource, size: int = SAMPLE) -> list[int]:
     """Indices of evenly spaced pairs; none of a remote source."""
     count = 0 if source.remote else min(size, len(source))
-    indices: list[int] = np.linspace(0, len(source) - 1, count).astype(int).tolist()
-    return indices
+    spaced = np.linspace(0, len(source) - 1, count)
+    return [int(index) for index in spaced]
 
 
 def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[str]:
@@ -57,7 +57,8 @@ def caption_warnings(source: PairSource, tokenizer: CaptionTokenizer) -> list[st
             for caption in source[index].captions():
                 texts.append([*tokenizer.word_ids(caption)])
     unknown_id = _unknown_id(tokenizer)
-    unknown = sum(ids.count(unknown_id) for ids in texts) / max(1, sum(map(len, texts)))
+    found = sum(ids.count(unknown_id) for ids in texts)
+    unknown = found / max(1, sum(map(len, texts)))
     longer = sum(len(ids) + 2 > tokenizer.context for ids in texts)  # with start and end
     cut = longer / max(1, len(texts))
     warnings = []

@@ -14,15 +14,17 @@ from PIL import Image, ImageFile, IptcImagePlugin
 from PIL.TiffImagePlugin import TiffImageFile
 
 from declip.data.images.decode import DAMAGE, EXTENSIONS, check_file, image_below, open_header
-from declip.data.pair import LONGEST_CAPTION, BrokenPair, OnDemand, clean_captions
+from declip.data.pair import LONGEST_CAPTION, BrokenPair, OnDemand, clean_captions, on_one_line
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.subset import UNKNOWN, split_number
 from declip.errors import UserError
 
 LARGEST = 1 << 20  # bytes of XMP: titles and keywords take a few thousand
 MOST_CAPTION_BYTES = 64 * LONGEST_CAPTION  # a larger .txt file does not hold captions
-RDF, DC = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}", "{http://purl.org/dc/elements/1.1/}"
-XMP_TEXTS, XMP_KEYWORDS = (f"{DC}description", f"{DC}title"), f"{DC}subject"
+RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
+DC = "{http://purl.org/dc/elements/1.1/}"
+XMP_TEXTS = (f"{DC}description", f"{DC}title")
+XMP_KEYWORDS = f"{DC}subject"
 IPTC_TAG = 33723  # of TIFF
 # caption, headline and object name
 IPTC_TEXTS = ((2, 120), (2, 105), (2, 5))
@@ -46,12 +48,14 @@ def metadata_captions(path: Path, key: str) -> list[str]:
             iptc = _iptc(image, key)
     except (OSError, *DAMAGE, Image.DecompressionBombError):  # reported when the image is decoded
         return []
-    texts, keywords = _xmp(xmp if isinstance(xmp, bytes) else str(xmp).encode(), key)
-    texts += [text for name in IPTC_TEXTS for text in _decoded(iptc.get(name))]
+    packet = xmp if isinstance(xmp, bytes) else str(xmp).encode()
+    texts, keywords = _xmp(packet, key)
+    for name in IPTC_TEXTS:
+        texts += _decoded(iptc.get(name))
     keywords += _decoded(iptc.get(IPTC_KEYWORDS))
-    texts = [text for text in texts if " ".join(text.split()).casefold() not in CAMERAS]
-    words = dict.fromkeys(word for word in map(str.strip, keywords) if word)
-    return [*texts, ", ".join(words)]
+    kept = [text for text in texts if on_one_line(text).casefold() not in CAMERAS]
+    words = dict.fromkeys(filter(None, map(str.strip, keywords)))
+    return [*kept, ", ".join(words)]
 
 
 def _xmp(packet: bytes, key: str) -> tuple[list[str], list[str]]:
@@ -88,7 +92,9 @@ def _property(root: ET.Element, name: str) -> Iterator[str]:
 def _iptc(image: ImageFile.ImageFile, key: str) -> dict[tuple[int, int], Any]:
     """Fields of IPTC by number: bytes, a list of them, or None where a field is empty."""
     # A JPEG has at most 64 kB. Pillow takes 5 s for the 6 MB that a TIFF may have, and has no public way to their size.
-    size = len(image.tag_v2._tagdata.get(IPTC_TAG, b"")) if isinstance(image, TiffImageFile) else 0
+    size = 0
+    if isinstance(image, TiffImageFile):
+        size = len(image.tag_v2._tagdata.get(IPTC_TAG, b""))
     if size > LARGEST:
         raise BrokenPair("invalid metadata", key, f"{size:,} bytes of IPTC, at most {LARGEST:,}")
     return IptcImagePlugin.getiptcinfo(image) or {}
@@ -111,12 +117,13 @@ class FileList(EntrySource):
     """Image files below a folder, by absolute or relative paths, without captions; none may leave the folder."""
 
     def __init__(self, name: str, root: Path, keys: Iterable[str | Path]) -> None:
-        self.name, self.root = name, root
+        self.name = name
+        self.root = root
         # A million paths take 0.1 GB as Python strings in every worker, and a third of it here, shared. They are bytes
         # since not every file's name is UTF-8.
         start = root.as_posix().rstrip("/") + "/"
-        paths = (os.fsencode(Path(key).as_posix().removeprefix(start)) for key in keys)
-        self._keys = pa.array(paths, pa.large_binary())
+        paths = (Path(key).as_posix().removeprefix(start) for key in keys)
+        self._keys = pa.array(map(os.fsencode, paths), pa.large_binary())
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -151,7 +158,7 @@ class FolderSource(FileList):
         """Those of folders named train, val and test, if all images are in such folders."""
         folders = pc.list_element(pc.split_pattern(self._keys, b"/"), 0)
         names = [name.decode(errors="replace") for name in folders.to_pylist()]
-        numbers = np.array([split_number(name) for name in names], np.int64)
+        numbers = np.array([*map(split_number, names)], np.int64)
         if UNKNOWN in numbers:
             numbers[:] = UNKNOWN
         return numbers
@@ -162,9 +169,8 @@ class FolderSource(FileList):
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a named pipe blocks on open
                 raise BrokenPair("missing caption", key, f"{path} is not a file")
-            with path.open(
-                "rb"
-            ) as file:  # not by its size, which is 0 for some files of the system
+            # Not by its size, which is 0 for some files of the system
+            with path.open("rb") as file:
                 content = file.read(MOST_CAPTION_BYTES + 1)
             if len(content) > MOST_CAPTION_BYTES:
                 raise BrokenPair(
@@ -172,9 +178,9 @@ class FolderSource(FileList):
                 )
             return clean_captions(content.decode("utf-8-sig").splitlines(), key)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and any(
-                captions := metadata_captions(image, key)
-            ):
+            missing = isinstance(error, FileNotFoundError)
+            captions = metadata_captions(image, key) if missing else []
+            if any(captions):
                 return clean_captions(captions, key)
             raise BrokenPair("missing caption", key, str(error)) from error
         except UnicodeDecodeError as error:
@@ -185,6 +191,8 @@ def _images(root: Path) -> Iterator[str]:
     """Paths of the images, relative to `root`; folders that cannot be read are skipped."""
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if not name.startswith(".")]
+        below = Path(folder).relative_to(root)
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
-                yield (Path(folder) / name).relative_to(root).as_posix()
+            _, ending = os.path.splitext(name)
+            if not name.startswith(".") and ending.lower() in EXTENSIONS:
+                yield (below / name).as_posix()

@@ -9,7 +9,8 @@ from declip.data.images.decode import EXTENSIONS
 from declip.errors import UserError
 
 MOST_SHARDS = 1_000_000
-BRACES, RANGE = re.compile(r"\{([^{}]*)\}"), re.compile(r"(\d{1,15})\.\.(\d{1,15})")
+BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(\d{1,15})\.\.(\d{1,15})")
 
 
 def names_shards(word: str) -> bool:
@@ -26,36 +27,38 @@ def is_url(word: str) -> bool:
 
 def absolute(spec: str | Path) -> str:
     """The name of a source, model or folder that is valid in any working directory."""
+    name = str(spec)
     path = Path(spec).expanduser()
     if path.exists():
         return str(path.resolve())
-    return os.path.abspath(path) if names_shards(str(spec)) and not is_url(str(spec)) else str(spec)
+    is_pattern = names_shards(name) and not is_url(name)
+    return os.path.abspath(path) if is_pattern else name
 
 
 def holds(folder: Path, ending: str) -> bool:
     """Whether a folder has files with this ending and, directly in it, no image."""
-    endings = {path.suffix.lower() for path in folder.iterdir() if not path.name.startswith(".")}
-    return ending in endings and not endings & set(EXTENSIONS)
+    endings = {path.suffix.lower() for path in folder.glob("[!.]*")}
+    return ending in endings and endings.isdisjoint(EXTENSIONS)
 
 
 def files_in(folder: Path, ending: str) -> list[str]:
     """List the files of a folder with this ending, without hidden ones such as macOS's."""
-    return sorted(str(file) for file in folder.glob("[!.]*") if file.suffix.lower() == ending)
+    files = folder.glob("[!.]*")
+    return sorted(str(file) for file in files if file.suffix.lower() == ending)
 
 
 def expand(word: str) -> list[str]:
     """List the paths and URLs of the shards that a word names; of a URL, only braces are expanded here."""
+    if is_url(word):
+        return _braces(word)
     shards: list[str] = []
-    for name in [word] if not is_url(word) and Path(word).expanduser().exists() else _braces(word):
+    for name in [word] if Path(word).expanduser().exists() else _braces(word):
         path = Path(name).expanduser()
-        if is_url(name) or path.is_file():
-            files = [name if is_url(name) else str(path)]
-        elif path.is_dir():
+        if path.is_dir():
             files = files_in(path, ".tar")
         else:
-            files = sorted(
-                file for file in glob.glob(str(path), recursive=True) if Path(file).is_file()
-            )
+            named = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
+            files = sorted(filter(os.path.isfile, named))
         if not files:
             raise UserError(f"'{name}' does not exist. Fetch it, or name existing files.")
         shards += files
@@ -69,12 +72,17 @@ def _braces(word: str) -> list[str]:
         return [word]
     choices = braces[1].split(",")
     if ends := RANGE.fullmatch(braces[1]):
-        first, last = int(ends[1]), int(ends[2])
+        first = int(ends[1])
+        last = int(ends[2])
         if abs(last - first) >= MOST_SHARDS:
             raise UserError(f"'{word}' names more than {MOST_SHARDS:,} shards. Shorten its range.")
         step = 1 if first <= last else -1
-        choices = [str(number).zfill(len(ends[1])) for number in range(first, last + step, step)]
-    return [name for choice in choices for name in _braces(word.replace(braces[0], choice, 1))]
+        numbers = range(first, last + step, step)
+        choices = [str(number).zfill(len(ends[1])) for number in numbers]
+    names = list[str]()
+    for choice in choices:
+        names += _braces(word.replace(braces[0], choice, 1))
+    return names
 
 
 def stored_path(given: object, folder: Path) -> str:
@@ -86,20 +94,18 @@ def stored_path(given: object, folder: Path) -> str:
 
 def relative(path: str, folder: Path) -> str:
     """A path as `stored_path` stores it, without resolving links; anything but an absolute path stays."""
-    project, target = os.getcwd(), str(folder.resolve())
-    inside = all(
-        os.path.isabs(one) and os.path.commonpath([one, project]) == project
-        for one in (path, target)
-    )
-    return (
-        os.path.relpath(path, target) if inside and not path.startswith(target + os.sep) else path
-    )
+    project = os.getcwd()
+    target = str(folder.resolve())
+    if not os.path.isabs(path) or os.path.commonpath([path, target, project]) != project:
+        return path
+    return path if path.startswith(target + os.sep) else os.path.relpath(path, target)
 
 
 def resolve(path: str, folder: Path) -> str:
     """The absolute path of what `stored_path` stored; URLs and names such as builtin:emoji stay."""
-    is_relative = path in (os.curdir, os.pardir) or path.startswith(os.pardir + os.sep)
-    return os.path.normpath(folder.resolve() / path) if is_relative else path
+    if path in (os.curdir, os.pardir) or path.startswith(os.pardir + os.sep):
+        return os.path.normpath(folder.resolve() / path)
+    return path
 
 
 def is_missing(path: str) -> bool:

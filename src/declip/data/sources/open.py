@@ -35,7 +35,8 @@ def held_out_sets(given: Any) -> list[Any]:
 
 def name_sources(*given: Any) -> tuple[list[Any], Sources]:
     """Name Python objects, for a recipe; strings, paths and None stay as they are."""
-    names, sources = list[Any](given), dict[str, Any]()
+    names = list[Any](given)
+    sources = dict[str, Any]()
     for index, item in enumerate(given):
         if item is not None and not isinstance(item, str | Path):
             size = len(item) if hasattr(item, "__len__") else "?"  # refused when it is opened
@@ -129,7 +130,8 @@ def download(name: str, cache: Path | None = None, progress: bool = True) -> Pat
         problem = f"'{name}' is not a built-in set but a path"
         raise UserError(f"{problem}, which every command takes without a download.")
     if not colon:
-        kind, rest = BUILTIN, name
+        kind = BUILTIN
+        rest = name
     if kind != BUILTIN and kind not in plugins("downloads"):
         raise unknown("source to download", kind, [BUILTIN, *plugins("downloads")])
     check_sets_installed(f"{kind}:{rest}")
@@ -140,7 +142,8 @@ class ImageSource:
     """The images of a source by number, without its captions unless `captioned`."""
 
     def __init__(self, source: PairSource, captioned: bool = True) -> None:
-        self.source, self.captioned = source, captioned
+        self.source = source
+        self.captioned = captioned
         self.name = source.name
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from declip.data.columns import DEFAULT, Columns, MissingColumns
 from declip.data.images.decode import AnyImage, image_below, is_pixels
 from declip.data.pair import BrokenPair, OnDemand, Pair, printable
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.rows import by_lower_name, cell_name, label_text
+from declip.data.sources.rows import by_lower_name, cell_name, label_text, named
 from declip.data.sources.subset import COLUMN, NUMBER_OF, split_numbers
 from declip.data.sources.table import Captions, find_columns, group_number, read_captions
 from declip.errors import UserError
@@ -74,7 +74,8 @@ class ItemSource(EntrySource):
                 numbers["split"] = partial(self._splits, split)
         elif columns.group is not None:
             raise MissingColumns(self.name, [], {columns.group: "group"})
-        classes, labels = getattr(items, "classes", None), getattr(items, "targets", None)
+        classes = getattr(items, "classes", None)
+        labels = getattr(items, "targets", None)
         if classes is not None and labels is not None and len(labels) == len(items):
             self.class_names = tuple(map(str, classes))
             numbers["label"] = partial(np.asarray, labels, np.int64)
@@ -106,7 +107,9 @@ class ItemSource(EntrySource):
 
     def entry(self, index: int) -> tuple[str, tuple[Any, Mapping[str, Any]]]:
         """The key; the image and the cells of its captions by column."""
-        item, key, cells = self._read(index), f"item {index}", dict[str, Any]()
+        item = self._read(index)
+        key = f"item {index}"
+        cells = dict[str, Any]()
         if _is_row(item):
             item, cells = item.get(self._image), item
         elif isinstance(item, tuple | list) and len(item) == 2:
@@ -118,12 +121,7 @@ class ItemSource(EntrySource):
 
     def texts(self, key: str, entry: Any) -> tuple[str, ...]:
         def cell(column: str) -> Any:
-            value, names = entry[1].get(column), self.class_names or ()
-            return (
-                names[int(value)]
-                if isinstance(value, int | np.integer) and 0 <= value < len(names)
-                else value
-            )
+            return named(entry[1].get(column), self.class_names or ())
 
         return read_captions(self._captions, [cell], "unreadable item", key)
 

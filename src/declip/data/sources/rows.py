@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from types import MappingProxyType
@@ -22,9 +23,11 @@ from declip.data.sources.names import expand, files_in
 from declip.errors import UserError
 
 # Bytes of a file (decompressed), and rows of a Parquet file, beyond which what is read is kept in a cache file.
-LARGE_TABLE, MANY_ROWS = 32 << 20, 250_000
+LARGE_TABLE = 32 << 20
+MANY_ROWS = 250_000
 # Bytes that the columns of a Parquet file may take, and their largest ratio to the file's size beyond that.
-MOST_IN_PARQUET, MOST_GROWTH = 1 << 30, 100
+MOST_IN_PARQUET = 1 << 30
+MOST_GROWTH = 100
 # Rows of a Parquet file read at a time: they may hold images, or a value that is stored once and repeated in all.
 ROWS_AT_ONCE = 512
 LONGEST_ROW = 16 << 20  # characters. A longer row means a lost quote or line end.
@@ -50,6 +53,12 @@ def cell_name(cell: Any) -> str:
         cell is None or isinstance(cell, list | dict) or (isinstance(cell, float) and cell != cell)
     )
     return "" if empty else str(cell)
+
+
+def named(cell: Any, names: Sequence[str]) -> Any:
+    """The name of the class that a cell numbers; other cells as they are."""
+    is_number = isinstance(cell, int | np.integer) and 0 <= cell < len(names)
+    return names[int(cell)] if is_number else cell
 
 
 def label_text(cell: Any) -> str:
@@ -84,7 +93,8 @@ class TableRows(ABC):
     metadata: Mapping[bytes, bytes] = MappingProxyType({})  # of Parquet
 
     def __init__(self, path: Path) -> None:
-        self.path, self.folder = path, path.parent  # the folder that image paths are relative to
+        self.path = path
+        self.folder = path.parent  # that image paths are relative to
         self.files = [path]
         # What is read goes to a cache file
         self.large = path.is_file() and path.stat().st_size > LARGE_TABLE
@@ -104,9 +114,8 @@ class ParquetRows(TableRows):
         super().__init__(path)
         if path.is_dir():
             self.files = list(map(Path, files_in(path, ".parquet")))
-            splits = sorted(
-                {name[0].lower() for file in self.files if (name := SPLIT.match(file.name))}
-            )
+            begun = filter(None, [SPLIT.match(file.name) for file in self.files])
+            splits = sorted({split[0].lower() for split in begun})
             if len(splits) > 1:
                 one = path / f"{splits[0]}*.parquet"
                 raise UserError(
@@ -128,34 +137,34 @@ class ParquetRows(TableRows):
                     f"'{file}' is not a Parquet file: {str(error).rstrip('.')}."
                 ) from error
         self.arrow_schema = footers[0].schema.to_arrow_schema()
-        self.columns, self.metadata = self.arrow_schema.names, self.arrow_schema.metadata or {}
+        self.columns = self.arrow_schema.names
+        self.metadata = self.arrow_schema.metadata or {}
         self._rows = [footer.num_rows for footer in footers]
         # Counted over all columns: asking pyarrow 26 for one column ends the process where the file is damaged.
-        size = sum(
-            data.row_group(group).total_byte_size
-            for data in footers
-            for group in range(data.num_row_groups)
-        )
+        size = 0
+        for footer in footers:
+            for group in range(footer.num_row_groups):
+                size += footer.row_group(group).total_byte_size
         self.large = size > LARGE_TABLE or sum(self._rows) > MANY_ROWS
 
     def read(self, wanted: Sequence[str], captions: Names = (), labels: Names = ()) -> Batches:
         schema = pa.schema([self.arrow_schema.field(name) for name in wanted])
-        each = (
-            self._batches(path, rows, schema)
-            for path, rows in zip(self.files, self._rows, strict=True)
-        )
-        return schema, chain.from_iterable(each)
+        batches = map(partial(self._batches, schema), self.files, self._rows)
+        return schema, chain.from_iterable(batches)
 
-    def _batches(self, path: Path, count: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    def _batches(self, schema: pa.Schema, path: Path, count: int) -> Iterator[pa.RecordBatch]:
         """The columns of one of the files, which has `count` rows."""
-        file, most = pq.ParquetFile(path), max(MOST_GROWTH * path.stat().st_size, MOST_IN_PARQUET)
+        file = pq.ParquetFile(path)
+        most = max(MOST_GROWTH * path.stat().st_size, MOST_IN_PARQUET)
         types = {field.name: field.type for field in file.schema_arrow}
-        if other := [field.name for field in schema if types.get(field.name) != field.type]:
-            problem = f"'{path}' has no column '{other[0]}' of the type in '{self.files[0]}'."
-            raise UserError(f"{problem} Name files with other columns as another source.")
+        for field in schema:
+            if types.get(field.name) != field.type:
+                problem = f"'{path}' has no column '{field.name}' of the type in '{self.files[0]}'."
+                raise UserError(f"{problem} Name files with other columns as another source.")
         size = rows = 0
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=schema.names):
-            size, rows = size + batch.nbytes, rows + len(batch)
+            size += batch.nbytes
+            rows += len(batch)
             if size > most:
                 raise UserError(f"'{path}' is not read: its columns take more than {most:,} bytes.")
             # Rebuilt, since fields of the same type may differ in nullability and metadata.
@@ -203,16 +212,16 @@ class TextRows(TableRows):
                 yield number, BrokenPair("unreadable row", f"line {number}", str(error))
 
     def read(self, wanted: Sequence[str], captions: Names = (), labels: Names = ()) -> Batches:
-        text, texts = pa.large_string(), pa.list_(pa.large_string())
-        cells = [(name, texts if name in captions else text) for name in wanted]
-        schema = pa.schema([*cells, ("line", pa.int64()), ("fault", text)])
+        text = pa.large_string()
+        texts = pa.list_(pa.large_string())
+        fields = [(name, texts if name in captions else text) for name in wanted]
+        fields += [("line", pa.int64()), ("fault", text)]
+        schema = pa.schema(fields)
 
         def batches() -> Iterator[pa.RecordBatch]:
-            stamp, records = self.path.stat().st_mtime_ns, self.records()
-            while rows := [
-                _stored(*record, wanted, captions, labels)
-                for record in islice(records, TEXT_ROWS_AT_ONCE)
-            ]:
+            stamp = self.path.stat().st_mtime_ns
+            stored = (_stored(*record, wanted, captions, labels) for record in self.records())
+            while rows := list(islice(stored, TEXT_ROWS_AT_ONCE)):
                 yield pa.record_batch([*zip(*rows, strict=True)], schema=schema)
             if self.path.stat().st_mtime_ns != stamp:
                 raise UserError(
@@ -249,10 +258,10 @@ class JsonRows(TextRows):
         super().__init__(path)
         rows = [cells for _, cells in islice(self.records(), PEEKED_ROWS)]
         faults = [cells for cells in rows if isinstance(cells, BrokenPair)]
-        self.columns = list(
-            dict.fromkeys(name for cells in rows if isinstance(cells, dict) for name in cells)
-        )
-        if faults and (not self.columns or next(self.lines())[1].lstrip().startswith("[")):
+        objects = [cells for cells in rows if isinstance(cells, dict)]
+        self.columns = list(dict.fromkeys(chain.from_iterable(objects)))
+        _, first = next(self.lines(), (1, ""))
+        if faults and (not self.columns or first.lstrip().startswith("[")):
             raise UserError(
                 f"'{path}' is not JSONL: {faults[0]}. Convert an array: jq -c '.[]' {path.name} > a.jsonl"
             )
@@ -297,7 +306,8 @@ class DelimitedRows(TextRows):
         cells = line.rstrip("\r\n").split(self.delimiter)
         if '"' not in line:
             return cells
-        taken, one_line = list[str](), self.delimiter == "\t"
+        taken = list[str]()
+        one_line = self.delimiter == "\t"
 
         def parts() -> Iterator[str]:
             for part in chain([line], () if one_line else following):
@@ -322,12 +332,9 @@ class DelimitedRows(TextRows):
 
     def _swallows(self, lines: list[str]) -> bool:
         """Whether a row of several lines seems to contain rows: two lines have enough cells, one of them an image."""
-        rows = [line.split(self.delimiter) for line in lines]
-        rows = [cells for cells in rows if len(cells) >= len(self.columns)]
-        return (
-            sum(
-                any(cell.strip('" \r\n').lower().endswith(EXTENSIONS) for cell in cells)
-                for cells in rows
-            )
-            > 1
-        )
+        with_image = 0
+        for line in lines:
+            cells = [cell.strip('" \r\n').lower() for cell in line.split(self.delimiter)]
+            if len(cells) >= len(self.columns):
+                with_image += any(cell.endswith(EXTENSIONS) for cell in cells)
+        return with_image > 1

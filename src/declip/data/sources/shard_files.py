@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,7 +29,8 @@ REQUESTS = 16  # concurrent requests for the size of a shard
 TRIES, PAUSE = 3, 1.0  # of a request; seconds before the second try, twice as many before the third
 RESTING = 60.0  # seconds before a shard that could not be fetched is tried again: each of its pairs would wait
 # WebDataset's and open_clip's file next to the shards with the number of pairs of each; its largest size in bytes.
-SIZES, LARGEST_SIZES = "sizes.json", 64 << 20
+SIZES = "sizes.json"
+LARGEST_SIZES = 64 << 20
 
 
 class UnreadableShard(Exception):
@@ -63,17 +65,15 @@ class Shard(NamedTuple):
     @property
     def label(self) -> str:
         """The last part of the name, without a URL's query, which may be a signature."""
-        return (self.name.partition("?")[0] if self.remote else self.name).rpartition("/")[2]
+        name = self.name.partition("?")[0] if self.remote else self.name
+        return os.path.basename(name)
 
 
 def find_shards(word: str) -> list[Shard]:
     """Look up the shards that a word names (see `expand`), in order."""
     with ThreadPoolExecutor(REQUESTS) as pool:
-        return [
-            shard
-            for shards in pool.map(partial(_retried, look_up), expand(word))
-            for shard in shards
-        ]
+        found = pool.map(partial(_retried, look_up), expand(word))
+        return list(chain.from_iterable(found))
 
 
 def _shard(name: str, path: str, size: int, version: str) -> Shard:
@@ -94,8 +94,9 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
-        line = (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
-        raise UnreadableShard(f"{url}: {type(error).__name__}: {line}") from error
+        line, *_ = str(error).strip().splitlines() or [""]
+        cause = f"{type(error).__name__}: {line[:300].rstrip('.')}"
+        raise UnreadableShard(f"{url}: {cause}") from error
 
 
 def _retried(work: Callable[..., T], *arguments: Any) -> T:
@@ -114,9 +115,11 @@ def look_up(url: str) -> list[Shard]:
         status = os.stat(url)
         if not stat.S_ISREG(status.st_mode):  # a named pipe blocks on open
             raise UnreadableShard(f"{url} is not a file")
-        return [_shard(url, str(Path(url).resolve()), status.st_size, str(status.st_mtime_ns))]
+        path = str(Path(url).resolve())
+        return [_shard(url, path, status.st_size, str(status.st_mtime_ns))]
     with _file_system(url) as (system, path):
-        if "*" in path or not path.partition("?")[0].lower().endswith((".tar", ".gz", ".tgz")):
+        one_file = path.partition("?")[0].lower().endswith((".tar", ".gz", ".tgz"))
+        if "*" in path or not one_file:
             pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
             globbed = system.glob(pattern, detail=True)
             files = {system.unstrip_protocol(name): info for name, info in sorted(globbed.items())}
@@ -126,14 +129,12 @@ def look_up(url: str) -> list[Shard]:
             raise FileNotFoundError(
                 "no .tar file; Parquet files are read from a folder on this machine"
             )
-    # Without the address that a redirect led to, which is often signed again each time.
-    versions = {
-        name: str({key: info[key] for key in info if key != "url"}) for name, info in files.items()
-    }
-    return [
-        _shard(name, name, int(info.get("size") or 0), versions[name])
-        for name, info in files.items()
-    ]
+    shards = []
+    for name, info in files.items():
+        # Without the address that a redirect led to, which is often signed again each time.
+        version = {key: info[key] for key in info if key != "url"}
+        shards.append(_shard(name, name, int(info.get("size") or 0), str(version)))
+    return shards
 
 
 def fetch(url: str, target: Path, size: int) -> None:
@@ -148,9 +149,12 @@ def fetch(url: str, target: Path, size: int) -> None:
 def counts(folder: str) -> dict[str, int]:
     """The number of pairs by a shard's last name, from `SIZES` in a remote folder; empty if it is missing."""
     with _file_system(f"{folder}/{SIZES}") as (system, path):
-        sizes = json.loads(system.cat_file(path, 0, LARGEST_SIZES)) if system.exists(path) else {}
-        if not all(isinstance(count, int) and 0 <= count < 2**31 for count in sizes.values()):
-            raise ValueError("not a number of pairs for each shard; fix or remove it")
+        if not system.exists(path):
+            return {}
+        sizes: dict[str, int] = json.loads(system.cat_file(path, 0, LARGEST_SIZES))
+        for count in sizes.values():
+            if not isinstance(count, int) or not 0 <= count < 2**31:
+                raise ValueError("not a number of pairs for each shard; fix or remove it")
         return sizes
 
 
@@ -167,9 +171,8 @@ def open_shard(shard: Shard) -> OpenFile:
         raise UnreadableShard(f"{shard.name}: {error.strerror or error}") from error
 
 
-_failed: dict[
-    str, tuple[float, str]
-] = {}  # time of the last try and reason, by the state of a shard
+# Time of the last try and reason, by the state of a shard
+_failed: dict[str, tuple[float, str]] = {}
 
 
 def _copy(shard: Shard) -> OpenFile:

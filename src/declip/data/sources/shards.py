@@ -1,11 +1,12 @@
 """Pairs from WebDataset's tar shards, read by random access; nothing is extracted or unpickled."""
 
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,20 +35,19 @@ LARGEST_SIZE = 1 << 62
 MOST_PADDING = 1 << 20  # bytes after the end of an archive; tar's own blocks have 10 KiB
 OPEN_INDICES = 2048  # indices that stay mapped; each takes about 10 kB in addition to its map
 # Shards above which a progress bar is shown while they are indexed, and remote ones that are fetched at once.
-MANY, AT_ONCE = 8, 8
+MANY = 8
+AT_ONCE = 8
 
 CAPTION_KEYS = ("caption", "captions", "text", "texts")  # the first that has any is read
 MEMBERS = ("image", "text", "json")
 # The member of a pair that a file is, by its extension.
-KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS} | {
-    "txt": "text",
-    "json": "json",
-}
+KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS}
+KINDS |= {"txt": "text", "json": "json"}
 # A key and its extension; as in WebDataset the key ends at the first dot of the file's name.
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^./]*)", re.DOTALL)
-SCHEMA = pa.schema(
-    [("key", pa.large_binary()), *((member, pa.list_(pa.int64(), 2)) for member in MEMBERS)]
-)
+# Of the index of a shard: start and size of each member
+PLACE = pa.list_(pa.int64(), 2)
+SCHEMA = pa.schema({"key": pa.large_binary(), "image": PLACE, "text": PLACE, "json": PLACE})
 
 # A shard, and start and size in bytes of each member of a pair that it has.
 ShardEntry = tuple[Shard, Mapping[str, tuple[int, int]]]
@@ -67,9 +67,9 @@ class ShardSource(EntrySource):
             self._sizes = self._count()
         except (UnreadableShard, OSError) as error:
             raise UserError(f"A shard cannot be read: {error}.") from error
-        self.name = (
-            self._shards[0].label if len(self._shards) == 1 else word.rstrip("/").rpartition("/")[2]
-        )
+        self.name = os.path.basename(word.rstrip("/"))
+        if len(self._shards) == 1:
+            self.name = self._shards[0].label
         self._ends = np.cumsum(self._sizes)
         if not len(self):
             raise UserError(
@@ -79,37 +79,31 @@ class ShardSource(EntrySource):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __reduce__(
-        self,
-    ) -> tuple[type, tuple[object, ...]]:  # a worker process opens the shards itself
-        return ShardSource, (self._word,)
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return ShardSource, (self._word,)  # a worker process opens the shards itself
 
     def entry(self, index: int) -> tuple[str, ShardEntry]:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, "right"))
-        shard, row = self._shards[number], index - int(self._ends[number] - self._sizes[number])
+        first = int(self._ends[number] - self._sizes[number])
+        shard = self._shards[number]
+        row = index - first
         where = f"{shard.label}, pair {row}"
         try:
             pairs = self._index_of(number)
         except (UnreadableShard, UserError) as error:
             raise BrokenPair("unreadable shard", where, str(error)) from error
         if row >= len(pairs):
-            raise BrokenPair(
-                "missing in shard",
-                where,
-                f"{len(pairs):,} pairs instead of {self._sizes[number]:,}",
-            )
+            lacks = f"{len(pairs):,} pairs instead of {self._sizes[number]:,}"
+            raise BrokenPair("missing in shard", where, lacks)
         key = pairs["key"][row].as_py().decode(errors="backslashreplace")  # not every name is UTF-8
-        members = {
-            member: tuple(entry)
-            for member in MEMBERS
-            if (entry := pairs[member][row].as_py()) is not None
-        }
+        entries = {member: pairs[member][row].as_py() for member in MEMBERS}
+        members = {member: tuple(entry) for member, entry in entries.items() if entry is not None}
         return f"{shard.label}/{key}", (shard, members)
 
     def content(self, key: str, entry: ShardEntry) -> bytes:
-        return self._read(key, entry, "image", LARGEST_IMAGE, "image too large")
+        return self._read(key, entry, "image")
 
     def texts(self, key: str, entry: ShardEntry) -> tuple[str, ...]:
         captions: list[str | None] = []
@@ -135,59 +129,55 @@ class ShardSource(EntrySource):
         at, size = members.get("image", (0, 0))
         return Origin(shard.name, at, size, f"{shard.state[:16]}-{at}-{size}")
 
-    def _read(self, key: str, entry: ShardEntry, member: str, most: int, reason: str) -> bytes:
-        """The bytes of a member that must be there and no larger; raises `BrokenPair`."""
+    def _read(self, key: str, entry: ShardEntry, member: str) -> bytes:
+        """The bytes of a member that must be there, and not too large; raises `BrokenPair`."""
         shard, members = entry
+        is_image = member == "image"
+        most = LARGEST_IMAGE if is_image else LARGEST_TEXT
         if member not in members:
             raise BrokenPair(f"missing {member}", key, "the shard has none of this key")
         at, size = members[member]
         if size > most:
+            reason = "image too large" if is_image else "caption too long"
             raise BrokenPair(reason, key, f"{member} of {size:,} bytes, at most {most:,}")
         try:
             content = open_shard(shard).read(size, at)
         except (UnreadableShard, OSError) as error:
             raise BrokenPair("unreadable shard", key, str(error)) from error
         if len(content) < size:
-            raise BrokenPair(
-                "truncated shard", key, f"{len(content):,} of {size:,} bytes of the {member}"
-            )
+            read = f"{len(content):,} of {size:,} bytes of the {member}"
+            raise BrokenPair("truncated shard", key, read)
         return content
 
     def _unicode(self, key: str, entry: ShardEntry, member: str) -> str:
         try:
-            return self._read(key, entry, member, LARGEST_TEXT, "caption too long").decode(
-                "utf-8-sig"
-            )
+            return self._read(key, entry, member).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BrokenPair("invalid text", key, f"not UTF-8: {error}") from error
 
     def _opened_index(self, number: int) -> pa.Table:
         shard = self._shards[number]
-        return cached_table(
-            "shards/index",
-            shard.state,
-            lambda: (SCHEMA, [make_index(open_shard(shard), shard.name)]),
-        )
+
+        def make() -> tuple[pa.Schema, list[pa.RecordBatch]]:
+            return SCHEMA, [make_index(open_shard(shard), shard.name)]
+
+        return cached_table("shards/index", shard.state, make)
 
     def _count(self) -> np.ndarray:
         """The number of pairs of each shard: from `sizes.json` next to remote ones, else from the indices."""
-        # A signature in a URL is for its shard alone: no other file of its folder can be requested.
-        folders = [
-            s.name.rpartition("/")[0] if s.remote and "?" not in s.name else ""
-            for s in self._shards
-        ]
-        promised = {folder: counts(folder) if folder else {} for folder in set(folders)}
-        sizes = [
-            promised[folder].get(s.label) for folder, s in zip(folders, self._shards, strict=True)
-        ]
+        promised = cache(counts)
+        sizes = list[int | None]()
+        for shard in self._shards:
+            known = dict[str, int]()
+            # A signature in a URL is for its shard alone: no other file of its folder can be requested.
+            if shard.remote and "?" not in shard.name:
+                known = promised(os.path.dirname(shard.name))
+            sizes.append(known.get(shard.label))
         unknown = [number for number, count in enumerate(sizes) if count is None]
-        with (
-            ThreadPoolExecutor(AT_ONCE if self.remote else 1) as pool,
-            pairs_bar(len(unknown) > MANY) as bar,
-        ):
-            indexed = bar.track(
-                pool.map(self._index_of, unknown), len(unknown), description="Indexing shards"
-            )
+        at_once = AT_ONCE if self.remote else 1
+        with ThreadPoolExecutor(at_once) as pool, pairs_bar(len(unknown) > MANY) as bar:
+            indices = pool.map(self._index_of, unknown)
+            indexed = bar.track(indices, len(unknown), description="Indexing shards")
             for number, pairs in zip(unknown, indexed, strict=True):
                 sizes[number] = len(pairs)
         return np.array(sizes, np.int64)
@@ -201,9 +191,10 @@ def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
     try:
         for member, at, size in members(file):
             match = SAMPLE.fullmatch(member)
-            key, ending = (match[1], match[2].lower()) if match else ("", "")
-            if ending not in KINDS:
+            if match is None or match[2].lower() not in KINDS:
                 continue
+            key = match[1]
+            ending = match[2].lower()
             member = KINDS[ending]
             if member == "image" and images.setdefault(key, ending) != ending:
                 continue
@@ -225,7 +216,8 @@ def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
     `tarfile.TarFile.next` takes most damage for the end of the archive, so headers are read one by one here. The last
     content may reach beyond the end of the file. An invalid header is a TarError; members yielded before can be used.
     """
-    headers, at = _Headers(file), 0
+    headers = _Headers(file)
+    at = 0
     try:
         tar = tarfile.TarFile(fileobj=headers, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
         while at < file.size:
@@ -258,7 +250,8 @@ class _Headers:
         self.seek(0)
 
     def seek(self, at: int) -> None:
-        self._at, self._left = at, LARGEST_HEADER
+        self._at = at
+        self._left = LARGEST_HEADER
 
     def tell(self) -> int:
         return self._at
@@ -267,5 +260,6 @@ class _Headers:
         if not 0 <= size <= self._left:
             raise tarfile.HeaderError(f"an extended header of {size:,} bytes")
         content = self._file.read(size, self._at)
-        self._at, self._left = self._at + len(content), self._left - size
+        self._at = self._at + len(content)
+        self._left = self._left - size
         return content

@@ -20,7 +20,8 @@ from declip.data.sources.rows import cell_name
 from declip.errors import UserError
 from declip.io.atomic import write_text
 
-LIST_KIND, COLUMN = ".pairs", "split"
+LIST_KIND = ".pairs"
+COLUMN = "split"
 # Names of splits in folders and tables, in any case.
 SPLITS: Mapping[str, Sequence[str]] = {
     "train": ("train", "training"),
@@ -36,7 +37,8 @@ class Subset(PairSource):
     """Some pairs of another source, by (n,) indices in a fixed order, rising where the source has shards."""
 
     def __init__(self, source: PairSource, indices: np.ndarray, name: str | None = None) -> None:
-        self.source, self.indices = source, indices
+        self.source = source
+        self.indices = indices
         self.name = name or f"{source.name}[{len(indices)}]"
         self.credit = source.credit
         self.remote = source.remote
@@ -60,11 +62,14 @@ class Subset(PairSource):
 
     def other_columns(self) -> dict[str, np.ndarray]:
         columns = self.source.other_columns()
-        return {name: numbers[self.indices] for name, numbers in columns.items()}
+        for name, numbers in columns.items():
+            columns[name] = numbers[self.indices]
+        return columns
 
     def shards(self) -> np.ndarray:
         ends = np.cumsum(self.source.shards())
-        return np.bincount(np.searchsorted(ends, self.indices, "right"), None, len(ends))
+        own = np.searchsorted(ends, self.indices, "right")
+        return np.bincount(own, minlength=len(ends))
 
 
 def take(source: PairSource, count: int, seed: int) -> Subset:
@@ -73,7 +78,8 @@ def take(source: PairSource, count: int, seed: int) -> Subset:
         raise UserError(
             f"data.max_pairs={count}, but '{source.name}' has {size}. Ask for at most that many."
         )
-    return Subset(source, np.sort(np.random.default_rng((seed, size)).permutation(size)[:count]))
+    order = np.random.default_rng((seed, size)).permutation(size)
+    return Subset(source, np.sort(order[:count]))
 
 
 class Joined(PairSource):
@@ -130,12 +136,12 @@ class PairList(NamedTuple):
 
     def of(self, source: PairSource, where: Path) -> Subset:
         """The listed pairs of the opened source; `where` names the list if they are others now."""
-        if len(source) != self.total or (self.digest and self.digest_in(source) != self.digest):
-            now = (
-                f"{len(source):,}"
-                if len(source) != self.total
-                else "others, or these in another order"
-            )
+        now = ""
+        if len(source) != self.total:
+            now = f"{len(source):,}"
+        elif self.digest and self.digest_in(source) != self.digest:
+            now = "others, or these in another order"
+        if now:
             problem = f"'{where}' lists pairs of '{self.source}' when it had {self.total:,}; now it has {now}."
             raise UserError(f"{problem} Write the list again in another folder.")
         return Subset(source, np.array(self.indices, np.int64))
@@ -146,9 +152,8 @@ class PairList(NamedTuple):
         for index in self.indices[:: max(1, len(self.indices) // 32)]:
             with suppress(BrokenPair):
                 keys.append(source[index].key)
-        return hashlib.blake2b(
-            "\n".join(keys).encode("utf-8", "surrogatepass"), digest_size=8
-        ).hexdigest()
+        joined = "\n".join(keys).encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(joined, digest_size=8).hexdigest()
 
 
 def list_of(spec: str, columns: Columns, source: PairSource, indices: Iterable[int]) -> PairList:
@@ -156,7 +161,8 @@ def list_of(spec: str, columns: Columns, source: PairSource, indices: Iterable[i
     listed = PairList(spec, columns, len(source), [])
     positions = cast(Sequence[int], range(len(source)))
     if spec.lower().endswith(LIST_KIND) and isinstance(source, Subset):
-        listed, source = read_pair_list(Path(spec).expanduser()), source.source
+        listed = read_pair_list(Path(spec).expanduser())
+        source = source.source
         positions = listed.indices
     listed = listed._replace(indices=[positions[index] for index in indices])
     digest = "" if source.remote else listed.digest_in(source)  # its keys would have to be fetched
@@ -170,9 +176,11 @@ NO_LISTS: Lists = MappingProxyType({})
 
 def write_pair_list(path: Path, listed: PairList) -> None:
     """Write a list of pairs, with paths that stay valid when the project moves, see `relative`."""
-    columns = replace(listed.columns, root=stored_path(listed.columns.root, path.parent) or None)
-    listed = listed._replace(source=relative(absolute(listed.source), path.parent), columns=columns)
-    write_text(path, json.dumps(listed._asdict() | {"columns": asdict(columns)}) + "\n")
+    columns = asdict(listed.columns)
+    columns["root"] = stored_path(columns["root"], path.parent) or None
+    source = relative(absolute(listed.source), path.parent)
+    fields = listed._asdict() | {"source": source, "columns": columns}
+    write_text(path, json.dumps(fields) + "\n")
 
 
 def write_others(
@@ -193,15 +201,12 @@ def read_pair_list(path: Path) -> PairList:
     try:
         listed = PairList(**json.loads(path.read_text("utf-8")))
         columns = Columns(**listed.columns)  # type: ignore[arg-type]
-        columns = replace(
-            columns, root=resolve(str(columns.root), path.parent) if columns.root else None
-        )
+        if columns.root:
+            columns = replace(columns, root=resolve(str(columns.root), path.parent))
         listed = listed._replace(source=resolve(listed.source, path.parent), columns=columns)
         indices = np.asarray(listed.indices)
-        rising = (
-            indices.dtype == np.int64
-            and (np.diff(indices, prepend=-1, append=listed.total) > 0).all()
-        )
+        steps = np.diff(indices, prepend=-1, append=listed.total)
+        rising = indices.dtype == np.int64 and (steps > 0).all()
         names = (listed.source, columns.image, columns.group or "", columns.root or "")
         texts = all(isinstance(name, str) for name in names)
         if rising and texts and not listed.source.lower().endswith(LIST_KIND):  # no list of itself

@@ -32,6 +32,7 @@ from declip.data.sources.rows import (
     cell_name,
     label_names,
     label_text,
+    named,
 )
 from declip.data.sources.subset import COLUMN, UNKNOWN, UNREADABLE, numbers_of, split_numbers
 from declip.errors import UserError
@@ -40,25 +41,13 @@ from declip.io.text import one_line
 
 # Column names of public sets, most telling first; tried when the default column is missing.
 PATH_NAMES = (
-    "file_name",
-    "image_path",
-    "filepath",
-    "file_path",
-    "path",
-    "filename",
-    "image_file",
-    "img",
-    "file",
+    *("file_name", "image_path", "filepath", "file_path", "path"),
+    *("filename", "image_file", "img", "file"),
 )
 IMAGE_NAMES = ("image", *PATH_NAMES)
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description", "sentences")
-
-OTHER_TEXTS = (
-    "keywords",
-    "tags",
-    "alt",
-    "alt_text",
-)  # never tried, but named where captions are guessed
+# Never tried, but named where captions are guessed
+OTHER_TEXTS = ("keywords", "tags", "alt", "alt_text")
 # Once per process, however often the table is opened
 warn_once = cache(logging.getLogger("declip").warning)
 
@@ -85,34 +74,36 @@ class TableSource(EntrySource):
     def __init__(self, path: str | Path, columns: Columns = DEFAULT) -> None:
         self._arguments = (path, columns)
         self.file = open_rows(path)
-        path, names = self.file.path, self.file.columns
+        path = self.file.path
+        names = self.file.columns
         self.name = path.name
-        self.root = self.file.folder if columns.root is None else Path(columns.root).expanduser()
         self.confined = columns.root is not None
+        root = self.file.folder if columns.root is None else columns.root
+        self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise UserError(f"There is no folder '{self.root}', to which image paths are relative.")
         image, self._captions, group = find_columns(names, columns, path)
         self.captions_from = " | ".join(map(printable, self._captions))
         split = by_lower_name(names).get(COLUMN)
         # --- the columns, the image first, and the rows of each pair
-        texts = [text for text, read in self._captions.items() if read == (text,) != (image,)]
-        labels = [
-            name
-            for text, read in self._captions.items()
-            if read != (text,)
-            for name in read
-            if name != image
-        ]
-        self._label_names = {name: label_names(self.file, name) for name in (*texts, *labels)}
+        texts = list[str]()
+        labels = list[str]()
+        for text, read in self._captions.items():
+            (texts if read == (text,) else labels).extend(name for name in read if name != image)
         wanted = (image, *texts, *labels, group, split)
         self._columns = list(dict.fromkeys(filter(None, wanted)))
+        self._label_names = {name: label_names(self.file, name) for name in self._columns}
         schema, batches = self.file.read(self._columns, texts, labels)
         self.table = self._held("cells", [self._columns, texts, labels], schema, batches)
         # Hashing images pays only if their captions are merged.
         captioned = bool(texts or labels)
         grouped = _grouped(self.table.column(0), hashed=captioned)
-        pairs = pa.schema([("rows", pa.large_list(pa.int64()))])
-        self._pairs = self._held("rows", [image, captioned], pairs, grouped)["rows"].chunk(0)
+        schema = pa.schema([("rows", pa.large_list(pa.int64()))])
+        held = self._held("rows", [image, captioned], schema, grouped)
+        self._pairs = held["rows"].chunk(0)
+        # (rows,) those of each pair, and (pairs,) where these begin
+        self._rows = self._pairs.flatten().to_numpy()
+        self._starts = self._pairs.offsets.to_numpy()[:-1]
         if not len(self):
             raise UserError(f"The table '{path}' has no rows. It needs one for each pair.")
         # --- columns by pair
@@ -122,18 +113,14 @@ class TableSource(EntrySource):
         if split:
             numbers["split"] = partial(self._splits, split)
         self.columns = OnDemand(numbers)
-        count = Counter(names)
-        self.cells = OnDemand(
-            {name: partial(self._texts, name) for name in names if count[name] == 1}
-        )
+        once = [name for name, count in Counter(names).items() if count == 1]
+        self.cells = OnDemand({name: partial(self._texts, name) for name in once})
 
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __reduce__(
-        self,
-    ) -> tuple[type, tuple[object, ...]]:  # a worker process opens the table itself
-        return TableSource, self._arguments
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return TableSource, self._arguments  # a worker process opens the table itself
 
     def entry(self, index: int) -> tuple[str, list[int]]:
         """The image's path, else the number of its row or line; the numbers of the rows, which show one image."""
@@ -143,26 +130,22 @@ class TableSource(EntrySource):
         path = None if is_bytes(image.type) else decoded(image, key)
         return path if path and isinstance(path, str) else key, rows
 
-    def read_cells(self, key: str, rows: list[int], column: str) -> list[Any]:
-        """The cells that a pair's rows have in a column; raises `BrokenPair`."""
+    def cell(self, key: str, row: int, column: str) -> Any:
+        """The cell of a pair's row, or the name of the class that it numbers; raises `BrokenPair`."""
         cells = self._column(column)
-        return [b"" if is_bytes(cells.type) else decoded(cells[row], key) for row in rows]
+        value = b"" if is_bytes(cells.type) else decoded(cells[row], key)
+        return named(value, self._label_names[column])
 
     def texts(self, key: str, rows: list[int]) -> tuple[str, ...]:
-        def cell(row: int, column: str) -> Any:
-            (value,), names = self.read_cells(key, [row], column), self._label_names.get(column, ())
-            return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
-
-        return read_captions(
-            self._captions, [partial(cell, row) for row in rows], "unreadable row", key
-        )
+        cells = [partial(self.cell, key, row) for row in rows]
+        return read_captions(self._captions, cells, "unreadable row", key)
 
     def _column(self, name: str) -> pa.ChunkedArray:
         return self.table.column(self._columns.index(name))
 
     def _groups(self, column: str) -> np.ndarray:
         """The group of each pair, by the cell of its first row."""
-        return numbers_of(self._column(column), group_number, 0)[self._first_rows()]
+        return numbers_of(self._column(column), group_number, 0)[self._rows[self._starts]]
 
     def _splits(self, column: str) -> np.ndarray:
         """The split of each pair. A pair with rows in several is in the last: test before train."""
@@ -170,36 +153,27 @@ class TableSource(EntrySource):
         missing = UNKNOWN if isinstance(self.file, ParquetRows) else UNREADABLE
         where = f"Column '{column}' of '{self.name}'"
         numbers = split_numbers(self._column(column), where, missing)
-        rows, starts = self._pairs.flatten().to_numpy(), self._pairs.offsets.to_numpy()
-        # (rows,) -> (pairs,)
-        return np.maximum.reduceat(numbers[rows], starts[:-1])
+        return np.maximum.reduceat(numbers[self._rows], self._starts)
 
     def _texts(self, column: str) -> list[tuple[str, ...]]:
         """The different cells of each pair's rows."""
         labels = label_names(self.file, column)
         cells = list[str]()
         for batch in self.file.read([column], labels=[column])[1]:
-            for cell in batch[column].to_pylist():
-                is_label = isinstance(cell, int) and 0 <= cell < len(labels)
-                cells.append(labels[cell] if is_label else label_text(cell))
+            cells += [label_text(named(cell, labels)) for cell in batch[column].to_pylist()]
         pairs = []
         for rows in self._pairs.to_pylist():
             pairs.append(tuple(dict.fromkeys(cells[row] for row in rows)))
         return pairs
 
-    def _first_rows(self) -> np.ndarray:
-        return self._pairs.flatten().to_numpy()[self._pairs.offsets.to_numpy()[:-1]]
-
     def other_columns(self) -> dict[str, np.ndarray]:
         names = [name for name in self.cells if name not in self._columns]
         if isinstance(self.file, ParquetRows):
-            kinds = {name: self.file.arrow_schema.field(name).type for name in names}
-            names = [
-                name for name, kind in kinds.items() if is_text(kind) or pa.types.is_integer(kind)
-            ]
+            types = self.file.arrow_schema
+            names = [name for name in names if has_values(types.field(name).type)]
         if not names:
             return {}
-        first = self._first_rows()
+        first = self._rows[self._starts]
         # These columns are not needed
         with suppress(UserError, pa.ArrowException, OSError, UnicodeDecodeError):
             schema, batches = self.file.read(names)
@@ -232,26 +206,25 @@ class TableSource(EntrySource):
         """The key of a row without an image; raises `BrokenPair` if the row is unreadable."""
         if isinstance(self.file, ParquetRows):
             return f"row {row}"
-        line, fault = (column[row].as_py() for column in self.table.columns[-2:])
+        *_, lines, faults = self.table.columns
+        line = lines[row]
+        fault = faults[row].as_py()
         if fault is not None:
             reason, _, detail = fault.partition(": ")
             raise BrokenPair(reason, f"line {line}", detail)
         return f"line {line}"
 
-    def _held(
-        self, kind: str, options: list[Any], schema: pa.Schema, batches: Iterator[pa.RecordBatch]
-    ) -> pa.Table:
+    def _held(self, kind: str, options: list[Any], schema: pa.Schema, batches: Any) -> pa.Table:
         """A table in memory or, if it is large, in the cache."""
         try:
             if not self.file.large:
                 return pa.Table.from_batches(batches, schema)
-            version = [
-                (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-                for file in self.file.files
-            ]
-            return cached_table(
-                f"tables/{kind}", (LAYOUT, *version, options), lambda: (schema, batches)
-            )
+            version: list[object] = [LAYOUT]
+            for file in self.file.files:
+                status = file.stat()
+                version.append((str(file.resolve()), status.st_size, status.st_mtime_ns))
+            key = (*version, options)
+            return cached_table(f"tables/{kind}", key, lambda: (schema, batches))
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"'{self.file.path}' cannot be read: {one_line(error)}.") from error
 
@@ -270,18 +243,17 @@ def open_rows(path: str | Path) -> TableRows:
 
 def find_table(spec: str | Path) -> Path | None:
     """The table that a name means: a file, Parquet files, a folder's metadata; None for other sources."""
-    text, path = str(spec), Path(spec).expanduser()
+    text = str(spec)
+    path = Path(spec).expanduser()
     if path.is_dir():
-        if named := [path / name for name in METADATA if (path / name).is_file()]:
-            return named[0]
+        for name in METADATA:
+            if (path / name).is_file():
+                return path / name
         return path if holds(path, ".parquet") and not holds(path, ".tar") else None
     if path.suffix.lower() in KINDS and path.exists():
         return path
-    return (
-        path
-        if names_shards(text) and text.lower().endswith(".parquet") and not is_url(text)
-        else None
-    )
+    several = names_shards(text) and text.lower().endswith(".parquet")
+    return path if several and not is_url(text) else None
 
 
 def find_columns(
@@ -309,8 +281,10 @@ class Header:
 
     def column(self, given: str, usual: Sequence[str], what: str) -> str:
         """Find a column by its name or, if that is the missing `usual[0]`, by another usual name in any case."""
-        lower = by_lower_name(self.names)
-        names = [given, *(lower[name] for name in usual if given == usual[0] and name in lower)]
+        names = [given]
+        if given == usual[0]:
+            lower = by_lower_name(self.names)
+            names += [lower[name] for name in usual if name in lower]
         column = next((name for name in names if name in self.names), None)
         if column is None:
             self.missing[given] = what
@@ -325,13 +299,9 @@ class Header:
         if given == CAPTION_NAMES[0]:
             caption = self.column(given, CAPTION_NAMES, "caption")
             lower = by_lower_name(self.names)
-            others = [
-                lower[name]
-                for name in (*CAPTION_NAMES, *OTHER_TEXTS)
-                if lower.get(name, caption) != caption
-            ]
-            if caption != given and others:
-                unused = ", ".join(printable(name) for name in others)
+            others = [lower[name] for name in (*CAPTION_NAMES, *OTHER_TEXTS) if name in lower]
+            unused = ", ".join(printable(name) for name in others if name != caption)
+            if caption != given and unused:
                 problem = f"Captions of '{Path(self.where).name}': {caption}. Not used: {unused}."
                 remedy = "Name one or several by data.columns.caption in training, --caption-column elsewhere."
                 warn_once(f"{problem} {remedy}")
@@ -355,7 +325,8 @@ def read_captions(
 
     A template with an empty cell gives no caption.
     """
-    texts, empty = list[str | None](), dict[str, None]()
+    texts = list[str | None]()
+    empty = dict[str, None]()
     for cell in rows:
         for text, columns in captions.items():
             if columns == (text,):
@@ -388,11 +359,13 @@ def decoded(cell: pa.Scalar, key: str) -> Any:
 
 def _grouped(images: pa.ChunkedArray, hashed: bool) -> Iterator[pa.RecordBatch]:
     """Group the rows of one image, in the order of first rows; images as bytes only if `hashed`."""
-    kind, rows = images.type, np.arange(len(images))
+    kind = images.type
+    rows = np.arange(len(images))
     if pa.types.is_dictionary(kind):
         images = images.cast(kind.value_type)
     if is_bytes(kind) and not hashed:
-        order, starts = rows, np.arange(len(images) + 1)
+        order = rows
+        starts = np.arange(len(images) + 1)
     else:
         if is_bytes(kind):
             keys = pa.array(map(_key_of, images), pa.large_binary())
@@ -401,10 +374,13 @@ def _grouped(images: pa.ChunkedArray, hashed: bool) -> Iterator[pa.RecordBatch]:
         codes = keys.dictionary_encode().indices.to_numpy()
         first = np.empty(len(keys), np.int64)
         first[codes[::-1]] = rows[::-1]  # the last value written for a code is its first row
-        groups = np.where(np.asarray(pc.binary_length(keys)) == 0, rows, first[codes])
+        is_empty = np.asarray(pc.binary_length(keys)) == 0
+        groups = np.where(is_empty, rows, first[codes])
         order = np.argsort(groups, kind="stable")
-        starts = np.flatnonzero(np.diff(groups[order], prepend=-1, append=len(keys)))
-    yield pa.record_batch([pa.LargeListArray.from_arrays(starts, pa.array(order))], ["rows"])
+        changes = np.diff(groups[order], prepend=-1, append=len(keys))
+        starts = np.flatnonzero(changes)
+    pairs = pa.LargeListArray.from_arrays(starts, pa.array(order))
+    yield pa.record_batch([pairs], ["rows"])
 
 
 def _key_of(cell: pa.Scalar) -> bytes:
@@ -418,12 +394,11 @@ def _key_of(cell: pa.Scalar) -> bytes:
     return path.as_buffer().to_pybytes() if path is not None and path.is_valid else b""
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds strings."""
+def has_values(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings or whole numbers."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
+    strings = (pa.string(), pa.large_string(), pa.string_view())
+    return kind in strings or pa.types.is_integer(kind)
 
 
 def is_bytes(kind: pa.DataType) -> bool:
@@ -432,8 +407,5 @@ def is_bytes(kind: pa.DataType) -> bool:
         kind = kind.value_type
     if isinstance(kind, pa.StructType):
         return any(field.name == "bytes" and is_bytes(field.type) for field in kind)
-    return kind in (
-        pa.binary(),
-        pa.large_binary(),
-        pa.binary_view(),
-    ) or pa.types.is_fixed_size_binary(kind)
+    contents = (pa.binary(), pa.large_binary(), pa.binary_view())
+    return kind in contents or pa.types.is_fixed_size_binary(kind)

@@ -10,11 +10,13 @@ from declip.data.batch import IGNORED
 from declip.data.tables import read_lines
 from declip.data.text.tokenizer import CaptionTokenizer
 
-_MASKED, _RANDOM = 0.8, 0.1  # of the chosen tokens, as in BERT
+# Of the chosen tokens, as in BERT
+_MASKED = 0.8
+_RANDOM = 0.1
 
-LATIN, OTHER = (
-    regex.compile(pattern, regex.V1) for pattern in (r"\p{Latin}", r"[\p{L}--\p{Latin}]")
-)
+POSSESSIVES = ("'s", "’s", "'S", "’S")
+LATIN = regex.compile(r"\p{Latin}", regex.V1)
+OTHER = regex.compile(r"[\p{L}--\p{Latin}]", regex.V1)
 
 
 def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) -> str:
@@ -26,7 +28,8 @@ def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) ->
     words = caption.split()
     if len(words) < 2 or in_other_script(caption):
         return caption
-    operation, count = _below(3, generator), max(1, int(alpha * len(words)))
+    operation = _below(3, generator)
+    count = max(1, int(alpha * len(words)))
     if operation == 2:
         return " ".join(delete_words(words, alpha, generator))
     return " ".join((replace_words, swap_words)[operation](words, count, generator))
@@ -40,25 +43,27 @@ def in_other_script(caption: str) -> bool:
 def replace_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
     """Replace up to `count` different words by synonyms, which may be phrases, each wherever it stands."""
     parsed = [_parse(word) for word in words]
-    known = {core.lower(): synonyms(core.lower()) for _, core, _ in parsed}
-    candidates = [core for core, others in known.items() if others]
+    candidates = list(dict.fromkeys(core.lower() for _, core, _ in parsed))
+    candidates = [core for core in candidates if synonyms(core)]
     replacements: dict[str, str] = {}
     while candidates and len(replacements) < count:
         core = candidates.pop(_below(len(candidates), generator))
-        replacements[core] = known[core][_below(len(known[core]), generator)]
-    changed = {
-        core: _like(core, replacements[core.lower()])
-        for _, core, _ in parsed
-        if core.lower() in replacements
-    }
-    return [before + changed.get(core, core) + after for before, core, after in parsed]
+        others = synonyms(core)
+        replacements[core] = others[_below(len(others), generator)]
+    changed = []
+    for before, core, after in parsed:
+        if core.lower() in replacements:
+            core = _like(core, replacements[core.lower()])
+        changed.append(before + core + after)
+    return changed
 
 
 def swap_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
     """Swap two of the words, at least two, at different positions, `count` times."""
     swapped = list(words)
     for _ in range(count):
-        first, second = _below(len(swapped), generator), _below(len(swapped) - 1, generator)
+        first = _below(len(swapped), generator)
+        second = _below(len(swapped) - 1, generator)
         second += second >= first
         swapped[first], swapped[second] = swapped[second], swapped[first]
     return swapped
@@ -124,8 +129,9 @@ def _parse(word: str) -> tuple[str, str, str]:
     positions = [position for position, letter in enumerate(word) if letter.isalnum()]
     if not positions:
         return word, "", ""
-    first, end = positions[0], positions[-1] + 1
-    if end - first > 2 and word[end - 2 : end] in ("'s", "’s", "'S", "’S"):
+    first = positions[0]
+    end = positions[-1] + 1
+    if end - first > 2 and word[:end].endswith(POSSESSIVES):
         end -= 2
     return word[:first], word[first:end], word[end:]
 
@@ -133,4 +139,6 @@ def _parse(word: str) -> tuple[str, str, str]:
 def _like(core: str, replacement: str) -> str:
     if core.isupper() and len(core) > 1:
         return replacement.upper()
-    return replacement[0].upper() + replacement[1:] if core[0].isupper() else replacement
+    if core[0].isupper():
+        return replacement[0].upper() + replacement[1:]
+    return replacement

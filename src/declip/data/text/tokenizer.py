@@ -60,7 +60,8 @@ class CaptionTokenizer(ABC):
 
     def ids(self, text: str) -> list[int]:
         """The ids of one text: start, its words' and end; the words are truncated to `context` ids in total."""
-        return [self.start, *islice(self.word_ids(text), self.context - 2), self.end]
+        words = islice(self.word_ids(text), self.context - 2)
+        return [self.start, *words, self.end]
 
     def encode(self, text: str) -> list[int]:
         if not isinstance(text, str):
@@ -80,17 +81,15 @@ class CaptionTokenizer(ABC):
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Encode one text or several as (n, L) int64, L the longest, rounded up to 8 and at most `context`."""
-        several: Any = (
-            [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else texts
-        )
+        one = isinstance(texts, str) or not isinstance(texts, Iterable)
+        several: Any = [texts] if one else texts
         rows = [self.encode(text) for text in several]
         if not rows:
             raise UserError("The tokenizer got no text; pass a string or a list of at least one.")
         # (n, L); few different L, so that kernels and memory are reused.
         width = padded_length(max(map(len, rows)), self.context)
-        return torch.tensor(
-            [row + [self.padding] * (width - len(row)) for row in rows], dtype=torch.int64
-        )
+        padded = [row + [self.padding] * (width - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64)
 
 
 def padded_length(longest: int, context: int, step: int = 8) -> int:
@@ -126,9 +125,11 @@ class Tokenizer(CaptionTokenizer):
             raise UserError(
                 f"{merges:,} merges were given; CLIP's vocabulary has 0 to {_MERGES:,}."
             )
-        self.words, self.merges = range(512 + merges), merges
-        self.start, self.end, self.mask = (len(self.words) + number for number in range(3))
-        self.vocabulary, self.padding = self.mask + 1, 0
+        self.words = range(512 + merges)
+        self.merges = merges
+        self.vocabulary = len(self.words) + 3
+        self.padding = 0
+        self.start, self.end, self.mask = range(len(self.words), self.vocabulary)
         self._bpe = _bpe(merges)
         self.library = self._bpe.library
 
@@ -158,14 +159,13 @@ class _BytePairs:
 
     def __init__(self, merges: int) -> None:
         # Letters of CLIP's merges by byte, in the order of CLIP's ids: printable bytes of Latin-1 first.
-        letters = {
-            byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))
-        }
-        letters |= {
-            byte: chr(256 + n)
-            for n, byte in enumerate(byte for byte in range(256) if byte not in letters)
-        }
-        lines = bz2.decompress(asset("clip_merges.txt.bz2").read_bytes()).decode().splitlines()
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        letters = {byte: chr(byte) for byte in plain}
+        for byte in range(256):
+            if byte not in plain:
+                letters[byte] = chr(256 + len(letters) - len(plain))
+        packed = asset("clip_merges.txt.bz2").read_bytes()
+        lines = bz2.decompress(packed).decode().splitlines()
         pairs = [(left, right) for left, right in map(str.split, lines[1 : merges + 1])]
         ended = [letter + "</w>" for letter in letters.values()]
         vocabulary = [*letters.values(), *ended, *map("".join, pairs)]
@@ -178,9 +178,10 @@ class _BytePairs:
         )
         self._cached = lru_cache(maxsize=2**16)(self._encode)
         bytes_of = {ord(letter): byte for byte, letter in letters.items()}
-        self.pieces = [
-            piece.replace("</w>", " ").translate(bytes_of).encode("latin-1") for piece in vocabulary
-        ]
+        self.pieces = []
+        for piece in vocabulary:
+            spelled = piece.replace("</w>", " ").translate(bytes_of)
+            self.pieces.append(spelled.encode("latin-1"))
 
     def encode(self, word: str) -> tuple[int, ...]:
         return self._cached(word) if len(word) <= _LONGEST_CACHED else self._encode(word)
@@ -209,9 +210,8 @@ class HuggingfaceTokenizer(CaptionTokenizer):
             raise UserError(f"The tokenizer's special ids are {dict(specials)}; it needs {wanted}.")
         self.start, self.end, self.mask, self.padding = (specials[name] for name in SPECIALS)
         added = self.library.get_added_tokens_decoder().items()
-        self.words = sorted(
-            ids - {number for number, token in added if token.special} - {*specials.values()}
-        )
+        special = {number for number, token in added if token.special}
+        self.words = sorted(ids - special - {*specials.values()})
         if not self.words:
             raise UserError(
                 "The tokenizer has special tokens only, no words. Give the tokenizer that the encoder had."
@@ -228,7 +228,7 @@ class HuggingfaceTokenizer(CaptionTokenizer):
 CLEAN: Mapping[str, Callable[[str], str]] = {
     "whitespace": fix,
     "lower": clean,
-    "canonicalize": lambda text: " ".join(fix(text).translate(PUNCTUATION).lower().split()),
+    "canonicalize": lambda text: " ".join(clean(text).translate(PUNCTUATION).split()),
 }
 
 
@@ -250,15 +250,17 @@ class WrappedTokenizer(CaptionTokenizer):
             "definition": definition, "context": context, "clean": clean, "padding": padding, "zeroed": zeroed,
         }  # fmt: skip
         self._arguments = tuple(self.stored.values())
-        self.padding, self._clean, self._zeroed = padding, CLEAN[clean], zeroed
+        self.padding = padding
+        self._clean = CLEAN[clean]
+        self._zeroed = zeroed
         self.clip = Tokenizer(context) if definition is None else None
         self.library = self.clip.library if self.clip else read_definition(str(definition))
         if not self.clip:
             self.library.enable_truncation(context)
         self.vocabulary = self.clip.mask if self.clip else self.library.get_vocab_size()
         self.words = range(self.vocabulary)
-        empty = self.encode("") or [padding]
-        self.start, self.end = empty[0] if len(empty) > 1 else -1, empty[-1]
+        *start, self.end = self.encode("") or [padding]
+        self.start = start[0] if start else -1
 
     def ids(self, text: str) -> list[int]:
         text = self._clean(text)
@@ -267,17 +269,16 @@ class WrappedTokenizer(CaptionTokenizer):
 
     def word_ids(self, text: str) -> Iterable[int]:
         text = self._clean(text)
-        return (
-            self.clip.word_ids(text)
-            if self.clip
-            else self.library.encode(text, add_special_tokens=False).ids
-        )
+        if self.clip:
+            return self.clip.word_ids(text)
+        return self.library.encode(text, add_special_tokens=False).ids
 
     def spell(self, ids: list[int]) -> str:
-        return self.clip.spell(ids) if self.clip else self.library.decode(ids).strip()
+        if self.clip:
+            return self.clip.spell(ids)
+        return self.library.decode(ids).strip()
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         tokens = super().__call__(texts)
-        return torch.nn.functional.pad(
-            tokens, (0, self.context - tokens.shape[1]), value=self.padding
-        )
+        missing = self.context - tokens.shape[1]
+        return torch.nn.functional.pad(tokens, (0, missing), value=self.padding)
