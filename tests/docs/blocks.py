@@ -131,6 +131,7 @@ class Reader:
         monkeypatch.setitem(sys.modules, "page", module := ModuleType("page"))
         self.names = vars(module)
         self.left = {}
+        monkeypatch.syspath_prepend("")  # Python finds modules in the present folder
 
     def follow(self, page):
         for block in blocks(page):

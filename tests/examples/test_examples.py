@@ -33,7 +33,7 @@ TINY_VIT |= {"image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1
 DOORS = {"optimizer", "augmentation", "evaluation"}  # examples that train with CLIP's loss
 
 
-NOT_TRAINING = {"heat_map", "images_without_captions", "shards", "caption_neighbor"}
+NOT_TRAINING = {"heat_map", "own_encoder", "images_without_captions", "shards", "caption_neighbor"}
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - DOORS - NOT_TRAINING))

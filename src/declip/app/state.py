@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from declip.data.images.thumbnails import shrunk
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import class_features, read_templates
-from declip.runs.fitted import FittedRun
+from declip.runs.fitted import FittedRun, fit_folder
 from declip.search.class_words import add_classes
 from declip.search.index import Index
 
@@ -51,7 +50,7 @@ class AppState:
 
         Empty unless the model is a run that cross-validated at least half of the images.
         """
-        run, index = Path(self.model_path).expanduser(), self.index
+        run, index = fit_folder(self.model_path), self.index
         known = FittedRun(run).caption_ranks
         if not known:
             return {}

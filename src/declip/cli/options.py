@@ -78,7 +78,7 @@ def known(model: str | None) -> str | None:
 
 
 Several = list[str] | None
-MODEL = "a run folder, a checkpoint, a weights file, or a name such as open_clip:MODEL/TAG"
+MODEL = "a run folder, a checkpoint, a weights file, a name such as open_clip:MODEL/TAG, or FILE.py:function"
 Model = Annotated[str, Argument(callback=known, help=MODEL)]
 Source = Annotated[
     str,

@@ -166,9 +166,15 @@ def _print_finetuned(run: Any) -> None:
         _print_skipped(run, ", counted in each epoch")  # a pair is read several times
     size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     mib = f"{size / 2**20:,.0f} MiB"
-    say(f"Report: {run.report}. Exported: {run.folder / 'exported'} (the run has {mib})")
+    exported = run.folder / "exported"
+    written = f"Exported: {exported} (the run has {mib})" if exported.is_dir() else ""
+    say(f"Report: {run.report}. {written}".strip())
+    name, given = str(run.folder), ""
+    if isinstance(run, FittedRun) and run.name != name:  # a file runs only where it is named
+        name = shlex.quote(run.name)
+        given = f" --model {name}"
     say(
-        f"Search with it: declip embed {run.folder} IMAGES --out index, then: declip search index 'a text'"
+        f"Search with it: declip embed {name} IMAGES --out index, then: declip search index 'a text'{given}"
     )
 
 
@@ -235,12 +241,12 @@ def _evaluate_suite(
     model: str, suite: str, task: str, options: Any, how: dict[str, Any]
 ) -> dict[str, Any]:
     from declip.evaluation.protocols import SETS, evaluate_suite
-    from declip.interchange.read import load
+    from declip.interchange.read import loaded
     from declip.io.text import percent
     from declip.reports.page import rich_table
     from declip.reports.tables import results_table
 
-    results, summary = evaluate_suite(load(model, **how), suite, task, options)
+    results, summary = evaluate_suite(loaded(model, **how), suite, task, options)
     console.print(rich_table(results_table(results)))
     say(
         f"Average of {len(summary['values'])} of {len(SETS)} sets by their usual metrics: {percent(summary['average'])}"

@@ -261,6 +261,16 @@ def image_features(
     return normalize(features, dim=-1) if unit else features
 
 
+def check_widths(queries: Tensor, candidates: Tensor) -> None:
+    """Raise a `UserError` unless embeddings (…, d) of images and texts are as wide, so that they can be compared."""
+    one, other = queries.shape[-1], candidates.shape[-1]
+    if one != other:
+        raise UserError(
+            f"Embeddings of {one} and {other} numbers cannot be compared: a model needs equal widths for images and "
+            "texts. `declip finetune` with frozen towers and `declip.fit` map both into one space."
+        )
+
+
 def _finite(features: Tensor, what: str) -> Tensor:
     if not features.isfinite().all():
         raise UserError(

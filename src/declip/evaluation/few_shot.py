@@ -17,6 +17,7 @@ from torch.nn.functional import normalize, one_hot
 
 from declip.closed_form.axes import PrincipalAxes
 from declip.closed_form.folds import assign_folds
+from declip.evaluation.encode import check_widths
 from declip.evaluation.results import Measure, by_class, sample_per_class
 from declip.models.dual_encoder import DualEncoder
 from declip.models.encoder import Encoder
@@ -220,6 +221,7 @@ def fit_few_shot(
     Images of equal `groups` (n,) are left out together. A class whose images are all left out
     together is not part of the accuracy, which needs two other classes.
     """
+    check_widths(examples.images[:, examples.width :], examples.names)
     count = len(examples.labels)
     groups = np.arange(count) if groups is None else groups
     sizes = np.bincount(examples.labels.numpy(), minlength=len(examples.names))

@@ -16,7 +16,13 @@ from declip.data.pair import PairSource
 from declip.data.sources.subset import Subset
 from declip.errors import UserError, check_range, unknown
 from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classes
-from declip.evaluation.encode import Batching, SourceFeatures, encode_source, eval_mode
+from declip.evaluation.encode import (
+    Batching,
+    SourceFeatures,
+    check_widths,
+    encode_source,
+    eval_mode,
+)
 from declip.evaluation.few_shot import Examples, fit_few_shot, joint_encoder
 from declip.evaluation.linear_probe import check_probe, check_splits, linear_probe
 from declip.evaluation.readers import Classified
@@ -106,6 +112,7 @@ class SharedFeatures:
             labels = source.columns["label"][scored.indices]
             return [classify(scored, labels, source.class_names, templates=name)]
         classes = class_features(self.model, source.class_names, templates, options)
+        check_widths(self.test.images, classes)
         labels = source.columns["label"][self.test.indices]
         return [classify(self.test, labels, classes, templates=name)]
 

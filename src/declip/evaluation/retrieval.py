@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from declip.errors import UserError
-from declip.evaluation.encode import SourceFeatures
+from declip.evaluation.encode import SourceFeatures, check_widths
 from declip.evaluation.results import RecallAtK, RetrievalResult
 
 TIE = 1e-6  # cosines closer than this are equal: features are float32
@@ -30,11 +29,8 @@ def ranks(
     Queries (N, d) and candidates (M, d) are L2-normalized, or without candidates the scores (N, M); `correct` are N
     arrays of one or more candidates; `block` is about the number of scores in memory at a time.
     """
-    if candidates is not None and queries.shape[1] != candidates.shape[1]:
-        raise UserError(
-            f"Embeddings of {queries.shape[1]} and {candidates.shape[1]} numbers cannot be compared: a model needs "
-            "equal widths for images and texts. `declip.fit` maps both into one space."
-        )
+    if candidates is not None:
+        check_widths(queries, candidates)
     count = queries.shape[1] if candidates is None else len(candidates)
     rows = max(1, block // count)
     candidates = None if candidates is None else candidates.double()

@@ -32,7 +32,7 @@ from declip.recipe.finetuning import FREEZE, StartKind, fits_closed_form, settin
 from declip.recipe.load import load_recipe
 from declip.recipe.resolve import Facts, resolve
 from declip.recipe.schema import Recipe
-from declip.recipe.starts import STARTS
+from declip.recipe.starts import STARTS, is_own
 from declip.runs.existing import RECIPE, check_run_folder, moved_lists
 from declip.runs.fitted import FittedRun, is_fitted
 from declip.runs.folder import LOCK, Run, lock_folder, log
@@ -129,8 +129,13 @@ class Start:
         """A recipe for any number of pairs: keys that do not suit the weights are refused here."""
         evaluation = {"evaluation.retrieval": ["validation"]}
         checked = load_recipe("finetune", {**self.keys(ANY_PAIRS), **evaluation})
+        if self._own:
+            self._refuse_architecture()
+        tune = checked.finetune
+        names = tune.class_names
         required = bool(self.request.keys.get("finetune.class_pairs"))
-        self.weights.named_classes(checked.finetune.class_names, required=required)
+        if names or required or not (self._own and fits_closed_form(tune)):
+            self.weights.named_classes(names, required=required)
         return checked
 
     @property
@@ -141,14 +146,28 @@ class Start:
     def keys(self, pairs: int, validated: bool = True) -> dict[str, Any]:
         """The keys of the recipe for a number of pairs."""
         on_cpu = self.device.type == "cpu"
+        frozen = on_cpu or self._own  # unless the user says otherwise
         given, freeze = self.request.keys, self.request.freeze
-        keys = settings(pairs, self._kind, on_cpu, freeze, given, validated)
+        keys = settings(pairs, self._kind, frozen, freeze, given, validated)
         if starter.matches(self.name) and on_cpu:
             keys.setdefault("image.size", STARTS[self.name])
         return {"finetune.pretrained": self.name, **keys}
 
     @property
+    def _own(self) -> bool:
+        return is_own(self.name)
+
+    def _refuse_architecture(self) -> None:
+        for key in self.request.keys:
+            if key.partition(".")[0] in ("image", "text"):
+                raise UserError(
+                    f"{key} has no effect: '{self.name}' has its own towers and preprocessing. Leave it out."
+                )
+
+    @property
     def _kind(self) -> StartKind:
+        if self._own:
+            return "heads"
         if not self.weights.has_text:
             return "image"
         return "whole" if self.weights.projected else "heads"
@@ -183,8 +202,9 @@ def _fit_heads(
         if trained is not None and validated:
             check_copies(trained, validated, progress)
     sets = held_out.by_task(recipe.evaluation.val)
-    recipe = resolve(recipe, Facts(start.weights, sets=sets))
-    return run_fit(FitTask(recipe, start.weights, source, held_out, progress), folder)
+    weights = None if is_own(start.name) else start.weights
+    recipe = resolve(recipe, Facts(weights, sets=sets))
+    return run_fit(FitTask(recipe, weights, source, held_out, progress), folder)
 
 
 def _finished_fit(request: Request, folder: Path) -> FittedRun:

@@ -142,9 +142,9 @@ class Adapted(Complete):
     def projections(self) -> dict[str, Tensor]:
         """The tensors that replace the projections, and the logit scale, by the names of `DualEncoder`."""
         assert self.heads is not None, "the base keeps its projections"
-        model, known = self._towers, self.heads.neighbors
-        image = self._projection(self.heads.image, model.image_tower.proj)
-        text = self._projection(self.heads.text, model.text_tower.text_projection)
+        known, firsts = self.heads.neighbors, self.base.projections
+        image = self._projection(self.heads.image, firsts[0])
+        text = self._projection(self.heads.text, firsts[1])
         classifier = self.heads.classifier
         if classifier is not None:
             image |= {"classes": classifier.rows.float(), "direction": classifier.direction.float()}
@@ -161,6 +161,8 @@ class Adapted(Complete):
     def _projection(self, rows: Tensor, first: Any) -> dict[str, Tensor]:
         """The tensors of one projection: of the rows (k, v), after the base's where it has one."""
         rows = rows.float()
+        if first is None:
+            return {"weight": rows}
         if not self.base.projected:
             bias = {} if first.bias is None else {"bias": torch.zeros(len(rows))}
             return {"weight": rows, **bias}

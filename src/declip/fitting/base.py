@@ -50,6 +50,11 @@ class EncoderBase:
         """Device of the encoder."""
         return self.model.device
 
+    @property
+    def projections(self) -> tuple[Any, Any]:
+        """The projections of images and texts that heads replace; None where heads follow an encoder."""
+        return None, None
+
     def pool_images(self, pixels: Tensor) -> Tensor:
         """Pixels as the model's preprocessing makes them → (n, v) float32, to fit heads to."""
         return self.pool_exact(pixels)
@@ -103,6 +108,11 @@ class Base(EncoderBase):
         self._texts = VectorCache(texts)
         self._pool_exact = image_pool(model, "fp32")
         self._pool = image_pool(model, precision)
+
+    @property
+    def projections(self) -> tuple[Any, Any]:
+        """The last layers of the towers."""
+        return self.model.image_tower.proj, self.model.text_tower.text_projection
 
     def pool_images(self, pixels: Tensor) -> Tensor:
         """(n, 3, S, S) uint8 → (n, v) float32, to fit heads to."""

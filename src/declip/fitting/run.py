@@ -19,12 +19,13 @@ from declip.evaluation.held_out import HeldOutSets
 from declip.evaluation.protocols import Options
 from declip.evaluation.results import Result
 from declip.fitting.adapted import Adapted
-from declip.fitting.base import Base, check_linear
+from declip.fitting.base import Base, EncoderBase, check_linear
 from declip.fitting.fit import Fitted, fit
 from declip.fitting.shown import compared_queries, worst_captions
 from declip.interchange.export import export_complete
-from declip.interchange.fitted import base_model, write_heads
+from declip.interchange.fitted import StoredHeads, base_model, write_heads
 from declip.interchange.format import Traced
+from declip.interchange.read import loaded
 from declip.interchange.timm_weights import class_start
 from declip.interchange.weights import Weights
 from declip.io.atomic import atomic_write, write_text
@@ -42,6 +43,7 @@ from declip.runs.fitted import (
     RANKS,
     RESULTS,
     FittedRun,
+    fit_folder,
     write_table,
 )
 
@@ -56,7 +58,7 @@ class FitTask:
     """What to fit, opened and checked."""
 
     recipe: Recipe  # resolved: the settings, with the architecture of the weights
-    weights: Weights  # of the base
+    weights: Weights | None  # of the base; None for an encoder of the user's own, see `is_own`
     source: PairSource
     held_out: HeldOutSets  # those of `recipe.evaluation`
     progress: bool
@@ -68,15 +70,19 @@ def run_fit(task: FitTask, folder: Path) -> FittedRun:
     tasks = task.held_out.tasks(recipe.evaluation, final=True)
     for name in tasks:
         refuse_broken(task.held_out.test(name), recipe.data.max_broken_fraction)
-    base = open_base(recipe, weights)
+    base = open_own(recipe) if weights is None else open_base(recipe, weights)
     log.info("Fitting: %s", described(source))
-    for warning in caption_warnings(source, base.model.tokenizer):
+    tokenizer = base.model.tokenizer
+    for warning in [] if tokenizer is None else caption_warnings(source, tokenizer):
         log.warning(warning)
     # --- heads
-    classes = None if base.projected else class_pairs(task, base)
+    named = None if weights is None else named_weights(recipe, weights)
+    classes = None
+    if named is not None and not base.projected and recipe.finetune.class_pairs:
+        classes = class_pairs(named, base, task.progress)
     start: Heads | None = None
-    if classes is not None:
-        start = class_start(named_weights(recipe, weights), classes.texts)
+    if named is not None and classes is not None:
+        start = class_start(named, classes.texts)
     fitted = fit(
         source,
         base,
@@ -105,8 +111,13 @@ def run_fit(task: FitTask, folder: Path) -> FittedRun:
     after = _evaluate(fitted.model, tasks, task)
     # --- files
     with new_folder(folder) as partial:
-        _write(partial, folder, fitted, weights, known, after)
-        _write_known(partial / KNOWN, fitted, named_weights(recipe, weights))
+        if weights is None:
+            write_heads(partial / HEADS, own_heads(folder, fitted, recipe))
+        else:
+            _write_model(partial, folder, fitted, weights, known, after)
+        _write_json(partial / MEASURES, known)
+        _write_ranks(partial / RANKS, fitted)
+        _write_known(partial / KNOWN, fitted, named)
         _write_json(partial / RESULTS, {"start": _plain(before), "fitted": _plain(after)})
         _write_json(partial / FACTS, _facts(fitted, mixture))
         run = FittedRun(partial)
@@ -116,6 +127,16 @@ def run_fit(task: FitTask, folder: Path) -> FittedRun:
             run, folder.resolve().name, _described(fitted, recipe), shown, fitted.model
         )
     return FittedRun(folder)
+
+
+def open_own(recipe: Recipe) -> EncoderBase:
+    """Open the encoder of the user's own that a recipe of this command names."""
+    name = str(recipe.finetune.pretrained)
+    if fit_folder(name) != Path(name).expanduser():
+        raise UserError(f"'{name}' is fitted already. Fit to {name.partition('+')[0]} again.")
+    encoder = loaded(name, recipe.train.device, recipe.train.precision)
+    fingerprint(encoder)  # refuses one that its heads could not be known to belong to
+    return EncoderBase(encoder, name)
 
 
 def open_base(recipe: Recipe, weights: Weights) -> Base:
@@ -142,17 +163,15 @@ def named_weights(recipe: Recipe, weights: Weights) -> Weights:
     return replace(weights, classes=weights.named_classes(names), published="")
 
 
-def class_pairs(task: FitTask, base: Base) -> ClassPairs | None:
-    """The classes of the base's classifier as pairs, if it has one with names and they are wanted."""
-    if not task.recipe.finetune.class_pairs:
-        return None
-    classes = named_weights(task.recipe, task.weights).named_classes()
+def class_pairs(named: Weights, base: EncoderBase, progress: bool) -> ClassPairs | None:
+    """The classes of the base's classifier as pairs, if it has one with names."""
+    classes = named.named_classes()
     if classes is None:
         return None
     texts, owners = classes.texts()
     features = classes.features
     if features is None:
-        features = base.pool_captions(texts, task.progress)
+        features = base.pool_captions(texts, progress)
     return ClassPairs(classes.rows, features, owners, classes.mean)
 
 
@@ -195,7 +214,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
         check_folder(folder)  # another process may have finished meanwhile
 
 
-def _write(
+def own_heads(folder: Path, fitted: Fitted, recipe: Recipe) -> StoredHeads:
+    """The heads of a fit to an encoder of the user's own; only the scale if its embeddings stay."""
+    model = fitted.model
+    tensors = {"logit_scale": model.logit_scale}
+    if model.heads is not None:
+        tensors = model.projections()
+    prints = fingerprint(model.base.model), fingerprint(model)
+    return StoredHeads(folder, model.base.name, *prints, recipe, tensors)
+
+
+def _write_model(
     partial: Path,
     folder: Path,
     fitted: Fitted,
@@ -203,12 +232,10 @@ def _write(
     known: Mapping[str, Any],
     results: Sequence[Result],
 ) -> None:
-    """Write the heads, the measures, the ranks of captions, and exports that stand alone."""
+    """Write the heads, and exports that stand alone."""
     weights = fitted.model.weights()
     model = weights.build().eval()
-    write_heads(partial / HEADS, folder, base, weights, fingerprint(model))
-    _write_json(partial / MEASURES, known)
-    _write_ranks(partial / RANKS, fitted)
+    write_heads(partial / HEADS, StoredHeads.of(folder, base, weights, fingerprint(model)))
     pairs = len(fitted.source)
     traced = Traced(model, step=1, pairs=pairs, fitted=dict(known), results=results)
     export_complete(traced, partial / EXPORTS)
@@ -222,10 +249,10 @@ def _write_ranks(path: Path, fitted: Fitted) -> None:
     write_table(path, ("key", "caption", "rank"), rows)
 
 
-def _write_known(path: Path, fitted: Fitted, weights: Weights) -> None:
+def _write_known(path: Path, fitted: Fitted, weights: Weights | None) -> None:
     """Write what the anchors of `Neighbors` are, in order: pairs, then classes without keys."""
     rows = [list(pair) for pair in fitted.known()]
-    classes = weights.named_classes()
+    classes = None if weights is None else weights.named_classes()
     if rows and fitted.classes and classes is not None:
         rows += [["", name] for name in classes.names]
     write_table(path, ("key", "caption"), rows)
@@ -251,11 +278,14 @@ def _facts(fitted: Fitted, mixture: Mapping[str, Any]) -> dict[str, Any]:
 
 def _described(fitted: Fitted, recipe: Recipe) -> dict[str, str]:
     """Sentences below the title of the report."""
+    base, towers = fitted.model.base, recipe.image
     millions = sum(parameter.numel() for parameter in fitted.model.parameters()) / 1e6
     return {
-        "base": f"fitted to {fitted.model.base.name}",
+        "base": f"fitted to {base.name}",
         "size": f"{millions:.1f} million parameters",
-        "image": f"{recipe.image.model} at {recipe.image.size} px",
+        "image": f"{towers.model} at {towers.size} px"
+        if isinstance(base, Base)
+        else base.model.class_name,
         "seed": f"seed {recipe.seed}",
     }
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors.torch import load_file
@@ -18,7 +19,6 @@ from declip.errors import UserError
 from declip.interchange.architecture import load_tensors
 from declip.interchange.weights import Uninitialized, Weights, read_recipe
 from declip.io.atomic import save_tensors
-from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import hash_tensors
 from declip.models.hf_encoder import TextEncoder
@@ -31,6 +31,7 @@ from declip.runs.fitted import (
     FINGERPRINT_KEY,
     HEADS,
     RECIPE_KEY,
+    damaged,
     read_metadata,
 )
 
@@ -47,6 +48,12 @@ class StoredHeads:
     fingerprint: str  # of the fitted model
     recipe: Recipe  # of the fitted model
     tensors: Mapping[str, Tensor]  # projections and logit scale, by the names of `DualEncoder`
+
+    @classmethod
+    def of(cls, folder: Path, base: Weights, fitted: Weights, fingerprint: str) -> Self:
+        """The heads in the weights of a fitted model, with the fingerprint of that model."""
+        own = {n: tensor for n, tensor in fitted.tensors.items() if n.startswith(REPLACED)}
+        return cls(folder, base.origin, base_fingerprint(base), fingerprint, fitted.recipe, own)
 
     def on(self, base: Weights) -> Weights:
         """The weights of the fitted model; raises `UserError` for another base."""
@@ -90,7 +97,7 @@ def read_heads(where: str) -> StoredHeads:
         recipe = known[RECIPE_KEY]
         tensors = load_file(path)
     except Exception as error:  # safetensors has its own classes
-        raise UserError(f"'{path}' is damaged: {one_line(error, 200)}. Fit it again.") from error
+        raise damaged(path, error) from error
     stored, base_print, fitted_print = values
     base = resolve(stored, folder)
     return StoredHeads(
@@ -98,18 +105,17 @@ def read_heads(where: str) -> StoredHeads:
     )
 
 
-def write_heads(path: Path, folder: Path, base: Weights, fitted: Weights, fingerprint: str) -> None:
-    """Write heads.safetensors of a fitted model; `folder` is where it will be."""
-    heads = {n: tensor for n, tensor in fitted.tensors.items() if n.startswith(REPLACED)}
+def write_heads(path: Path, heads: StoredHeads) -> None:
+    """Write heads.safetensors of a fitted model, whose folder need not exist yet."""
     metadata = {
-        BASE_KEY: stored_path(base.origin, folder) or base.origin,
-        BASE_FINGERPRINT_KEY: base_fingerprint(base),
-        FINGERPRINT_KEY: fingerprint,
-        RECIPE_KEY: fitted.recipe.to_yaml(),
+        BASE_KEY: stored_path(heads.base, heads.folder) or heads.base,
+        BASE_FINGERPRINT_KEY: heads.base_fingerprint,
+        FINGERPRINT_KEY: heads.fingerprint,
+        RECIPE_KEY: heads.recipe.to_yaml(),
         "declip.version": declip.__version__,
         "format": "pt",
     }
-    save_tensors(heads, path, metadata)
+    save_tensors(heads.tensors, path, metadata)
 
 
 def base_fingerprint(base: Weights) -> str:

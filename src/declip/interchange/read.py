@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from declip.interchange import (
     official,
     open_clip,
     open_clip_model,
+    own_encoder,
     run_folder,
     starter,
     timm_weights,
@@ -26,7 +28,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.encoder import Encoder, as_encoder
 from declip.models.layers import IMAGE
 from declip.models.precision import Precision, convert, pick_precision
-from declip.recipe.starts import STARTS, no_model
+from declip.recipe.starts import STARTS, is_own, no_model
 from declip.runs.fitted import FittedRun
 from declip.runs.folder import Run
 
@@ -100,7 +102,12 @@ def loaded(
     device: str = "auto",
     precision: Precision = "fp32",
 ) -> Encoder:
-    """The model that is given as an object, else the one that `load` loads."""
+    """The model that is given as an object or as FILE.py:function, else the one that `load` loads.
+
+    A file that is named is run: call it with what the user gave, not with a name that a file holds.
+    """
+    if isinstance(model, str | Path) and is_own(model):
+        return own_encoder.open_encoder(str(model), device, precision)
     if isinstance(model, str | Path | Run | FittedRun):
         return load(model, device, precision)
     return as_encoder(model)
@@ -132,6 +139,11 @@ def is_published(where: str) -> bool:
 def _read(where: str | Path) -> Weights:
     given = str(where)
     here = hub_folder(given)
+    if is_own(given):
+        raise UserError(
+            f"'{given}' names an encoder of your own, which has no weights to train, convert or export. It can be "
+            "evaluated, embedded, searched and fitted with frozen towers; in Python, call the function."
+        )
     if fitted.matches(here):
         return _read_fitted(here)
     for reader in READERS:
@@ -144,6 +156,11 @@ def _read(where: str | Path) -> Weights:
 def _read_fitted(where: str) -> Weights:
     """Read the heads of a fit, and its base."""
     heads = fitted.read_heads(where)
+    if is_own(heads.base):
+        raise UserError(
+            f"'{where}' was fitted to '{heads.base}', a Python file, which runs only where you name it. "
+            f"If you trust the file, give {quote(f'{heads.base}+{where}')}."
+        )
     try:
         base = read_start(heads.base)
     except UserError as error:

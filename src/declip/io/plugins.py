@@ -1,7 +1,7 @@
 """Plugins: losses, sources, downloads, trackers and recipes of other installed packages, by entry points."""
 
 import runpy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,18 +41,28 @@ def load_plugin(kind: Kind, name: str) -> Any:
 
 def read_terms(path: Path) -> dict[str, Any]:
     """Run a Python file of losses, and return its TERMS, the classes by name."""
-    if not path.is_file():
-        raise UserError(f"'{path}' does not exist (--terms). Give a Python file with TERMS.")
-    try:
-        found = runpy.run_path(str(path), run_name=path.stem).get("TERMS")
-    except Exception as error:  # code of others
-        problem = f"'{path}' cannot be run: {type(error).__name__}: {one_line(error, 200)}"
-        raise UserError(f"{problem}. Fix the file of --terms.") from error
+    found = run_file(path, "TERMS (--terms)").get("TERMS")
     if not isinstance(found, Mapping) or not found:
         raise UserError(
             f"'{path}' has no losses. End it with TERMS = {{'NAME': YourTerm}} (--terms)."
         )
     return dict(found)
+
+
+def run_file(path: Path, content: str) -> dict[str, Any]:
+    """Run a Python file that the user named, and return what it defines; `content` is what it should have."""
+    if not path.is_file():
+        raise UserError(f"'{path}' does not exist. Give a Python file with {content}.")
+    return run_own(f"'{path}' cannot be run", lambda: runpy.run_path(str(path), run_name=path.stem))
+
+
+def run_own(problem: str, run: Callable[[], Any]) -> Any:
+    """Run code of the user's own; what it raises becomes a `UserError` that begins with the problem."""
+    try:
+        return run()
+    except (Exception, SystemExit) as error:
+        cause = f"{type(error).__name__}: {one_line(error, 200)}"
+        raise UserError(f"{problem}: {cause}. Fix the file.") from error
 
 
 def check_sets_installed(source: str) -> None:

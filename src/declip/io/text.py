@@ -62,7 +62,7 @@ def duration(seconds: float) -> str:
     return words.replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def one_line(error: Exception, longest: int = 300) -> str:
+def one_line(error: BaseException, longest: int = 300) -> str:
     """Format the message of an error on one line, or its class if the message is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]} …"

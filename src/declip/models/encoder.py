@@ -121,7 +121,8 @@ class PlainEncoder(Complete):
         """Tensors of the object; raises `UserError` for one that has no such method."""
         if not hasattr(self.model, "state_dict"):
             raise UserError(
-                f"{self.class_name} has no `state_dict`, so it cannot be distinguished from other models."
+                f"{self.class_name} has no `state_dict`, so it cannot be distinguished from other models. "
+                "Give it one, which returns its tensors by name."
             )
         return dict(self.model.state_dict())
 

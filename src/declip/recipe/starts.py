@@ -9,6 +9,8 @@ from declip.errors import UserError
 
 HUB = ("hf-hub", "huggingface")  # prefixes of names of repositories
 NAMED = ("open_clip:", "timm:", *(f"{prefix}:" for prefix in HUB))
+OWN = re.compile(r"(?P<file>.+?\.py):(?P<function>\w+)(?:\+(?P<fit>.+))?", re.DOTALL)
+"""FILE.py:function, which returns an encoder of the user's own; +FOLDER: with the heads that a fit in it has."""
 STARTS = {"builtin:lite0-minilm": 128, "builtin:lite2-minilm": 192}
 """Built-in starts, with the image size on a CPU: 224 and 260 pixels, their own sizes, take 3 and 2 times as long."""
 
@@ -26,15 +28,25 @@ def no_model(given: str) -> UserError:
     hub = f" Did you mean '{meant}'?" if meant else ""
     return UserError(
         f"Cannot find the model '{given}'.{hub} Give a run folder, a checkpoint folder, a weights file, a folder of "
-        "transformers' CLIPModel or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG, timm:NAME.TAG or "
-        "builtin:lite2-minilm."
+        "transformers' CLIPModel or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG, timm:NAME.TAG, "
+        "builtin:lite2-minilm or FILE.py:function."
     )
+
+
+def is_own(model: object) -> bool:
+    """Whether this names an encoder of the user's own, whose file would be run to open it."""
+    return OWN.fullmatch(str(model)) is not None
 
 
 def check_model(model: str) -> None:
     """Refuse a path that does not exist; names are looked up when they are opened."""
+    if model.endswith(".py"):
+        raise UserError(
+            f"'{model}' is a Python file. Also name its function that returns the encoder: {model}:make."
+        )
     if (
-        model not in STARTS
+        not is_own(model)
+        and model not in STARTS
         and not model.startswith(NAMED)
         and not Path(model).expanduser().exists()
     ):

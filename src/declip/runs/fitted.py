@@ -13,6 +13,7 @@ from safetensors import safe_open
 from declip.errors import UserError
 from declip.evaluation.results import Result, read_result
 from declip.io.text import one_line
+from declip.recipe.starts import OWN, is_own
 from declip.runs.existing import HEADS
 from declip.runs.folder import read_json
 
@@ -39,7 +40,18 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
     except Exception as error:  # safetensors has its own classes
-        raise UserError(f"'{path}' is damaged: {one_line(error, 200)}. Fit it again.") from error
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """The error for saved heads that cannot be read."""
+    return UserError(f"'{path}' is damaged: {one_line(error, 200)}. Fit it again.")
+
+
+def fit_folder(model: str | Path) -> Path:
+    """The folder in the name of a fitted model: FOLDER, or FILE.py:function+FOLDER."""
+    own = OWN.fullmatch(str(model))
+    return Path((own and own["fit"]) or model).expanduser()
 
 
 def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -64,6 +76,12 @@ class FittedRun:
     def report(self) -> Path:
         """Path of the report."""
         return self.folder / REPORT
+
+    @property
+    def name(self) -> str:
+        """What opens the model: the folder, after the encoder of the user's own that it was fitted to."""
+        base = read_metadata(self.folder / HEADS)[BASE_KEY]
+        return f"{base}+{self.folder}" if is_own(base) else str(self.folder)
 
     @cached_property
     def cross_validation(self) -> dict[str, Any]:

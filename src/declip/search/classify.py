@@ -23,7 +23,7 @@ from declip.data.sources.subset import groups_of
 from declip.data.sources.table import find_table, open_rows
 from declip.errors import UserError, check_range
 from declip.evaluation.datasets import LabeledSource, open_dataset, with_classes
-from declip.evaluation.encode import Batching, encode_batches, encode_source
+from declip.evaluation.encode import Batching, check_widths, encode_batches, encode_source
 from declip.evaluation.few_shot import (
     Examples,
     FewShotForm,
@@ -415,7 +415,12 @@ def _scorer(
     encoder.tokenize([""])  # a model without a text tower fails before processes start
     texts = _name_features(encoder, names, prompts, batch_size).double()
     scale = logit_scale(encoder)
-    return names, None, lambda vectors: scale * vectors.double() @ texts.T
+
+    def scores(vectors: Tensor) -> Tensor:
+        check_widths(vectors, texts)
+        return scale * vectors.double() @ texts.T
+
+    return names, None, scores
 
 
 def _name_features(

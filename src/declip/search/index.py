@@ -21,7 +21,7 @@ from declip.data.sources.names import is_missing, resolve
 from declip.data.sources.open import ImageSource, open_images
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
-from declip.evaluation.encode import eval_mode, image_features
+from declip.evaluation.encode import check_widths, eval_mode, image_features
 from declip.evaluation.zero_shot import class_features, read_templates
 from declip.interchange.read import folder_or_name, loaded, read_text
 from declip.models.device import pick_device
@@ -233,6 +233,7 @@ class Index:
     ) -> list[Hit]:
         """As `search`, by the vector (d,) of a query."""
         vectors = torch.from_numpy(self._store.matrix(over))
+        check_widths(query, vectors)
         ids = torch.from_numpy(self.ids)
         if where:
             columns = {name: self.column(name) for name in where}

@@ -16,6 +16,7 @@ from declip.data.sources.names import is_missing, resolve
 from declip.errors import UserError, newer
 from declip.io.atomic import put_back, write_text
 from declip.io.text import one_line
+from declip.recipe.starts import is_own
 
 INFO = "index.json"
 LAYOUT = 6  # raised when the files change their meaning
@@ -63,6 +64,11 @@ class ModelInfo(InfoSection):
         if not path:
             raise UserError(
                 f"The index '{folder}' was made by a Python object, {self.name}. Pass it as model=, or give --model."
+            )
+        if is_own(path):
+            raise UserError(
+                f"The index '{folder}' was made by '{path}', a Python file, which runs only where you name it. "
+                f"If you trust the file, give --model {quote(path)}."
             )
         if is_missing(path):
             raise UserError(

@@ -23,7 +23,7 @@ from declip.evaluation.datasets import Dataset, with_classes
 from declip.evaluation.held_out import HeldOutSets
 from declip.interchange.fitted import read_heads
 from declip.recipe.schema import Data, Recipe
-from declip.runs.fitted import FittedRun, is_fitted
+from declip.runs.fitted import FittedRun, fit_folder, is_fitted
 from declip.runs.folder import RECIPE, Run, log, read_recipe
 
 TRAINING = "training pairs"
@@ -72,7 +72,7 @@ def run_of(weights: str | Path) -> Path | None:
 
     Weights are the run folder itself, a folder in one of `MODEL_FOLDERS`, or a file there.
     """
-    path = Path(weights).expanduser()
+    path = fit_folder(weights)
     if not path.exists():
         return None  # a name such as builtin:NAME or open_clip:MODEL/TAG
     path = path.absolute()
