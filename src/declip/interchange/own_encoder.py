@@ -39,7 +39,7 @@ def open_encoder(name: str, device: str = "auto", precision: str = "fp32") -> Pl
         encoder = PlainEncoder(as_encoder(model))
     except UserError as error:
         raise UserError(f"{function}() of '{path}' returns no encoder. {error}") from error
-    # The code decides what is computed too: it is part of what caches and indices are told apart by
+    # The code decides what is computed too, so caches and indices distinguish encoders by it
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     encoder.class_name = f"{type(model).__qualname__} of {path.name} ({digest[:12]})"
     _check_place(name, encoder, device, precision)

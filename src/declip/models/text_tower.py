@@ -39,6 +39,7 @@ class AnyTextTower(nn.Module, ABC):
     width: int  # of the token states
     padding: int  # id behind the end of a caption
     context: int  # largest number of ids of a caption
+    gives_tokens = True  # one state for each id
 
     def match_projection(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the projection by the kind that can hold tensors that will be loaded, by name."""

@@ -184,7 +184,7 @@ def read_run(folder: str | Path) -> Run:
 def lock_folder(folder: Path) -> FileIO:
     """Create the run folder and lock it for this process, until the returned file is closed or the process ends.
 
-    A folder with other files is refused: a run among photographs could not be told apart from them.
+    A folder with other files is refused: a run among photographs could not be distinguished from them.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

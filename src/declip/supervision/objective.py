@@ -107,8 +107,7 @@ class Objective(nn.Module):
         layers = _names(active, "over_vocabulary")
         self.over_vocabulary = tuple(f"{layer}." for layer in layers)
         for name, tower in product(active, ("image_tower", "text_tower")):
-            gives_tokens = getattr(getattr(model, tower), "gives_tokens", True)
-            if active[name].needs.tokens and not gives_tokens:
+            if active[name].needs.tokens and not getattr(model, tower).gives_tokens:
                 raise UserError(
                     f"{name} needs token states, which this {tower} lacks. Set loss_weights.{name} to 0."
                 )
