@@ -149,7 +149,7 @@ WITHOUT_TORCH = {
     "finetune . --out others": "'others'",
     "finetune . --out fit": "already holds a fit",
     "evaluate . --dataset . --shots 2": "--task few-shot",
-    "export . --format onnxx --out x": "'onnxx'",
+    "export . --format onnxx --out x": "--format': 'onnxx' is not one of 'open_clip'",
     "export . --format onnx --out others": "--overwrite",
     "compare clip --pairs 8 --out others": "'others'",
     "search nowhere a": "'nowhere'",

@@ -177,5 +177,6 @@ def _usage_message(error: Any) -> str:
     """Format a mistake in the words of a command line on one line, with the command whose help lists the right ones."""
     if error.ctx is None:  # without any word, the help was printed
         sys.exit(error.exit_code)
-    message = " ".join(error.format_message().split()).rstrip(".")
+    words = error.format_message().replace("Value error, ", "").split()
+    message = " ".join(words).rstrip(".")
     return f"{message}. See `{error.ctx.command_path} --help`."
