@@ -34,6 +34,8 @@ STEPS, BATCH, PAIRS = 1, 8, 32
 SMALL = 64
 """Largest image size that is kept; recipes for larger images get a small tower."""
 
+SMALL_IMAGE = {"model": "declip_vit_tiny", "size": 32, "model_kwargs": {"depth": 2}}
+
 MAKE_SMALL = ("declip.finetuning", "declip.comparison", "declip.recipe")
 """Modules that resolve the recipes of commands; those that read foreign weights keep the real sizes."""
 
@@ -47,7 +49,7 @@ def small(recipe):
             "log_every": 1, "checkpoint_every": STEPS, "evaluate_every": 0, "epochs": None, "patience": None,
             "precision": "fp32", "report_to": (),
         },
-        "image": {} if recipe.image.size <= SMALL else {"model": "declip_vit_tiny", "size": 32},
+        "image": {} if recipe.image.size <= SMALL else SMALL_IMAGE,
         "text": {"bpe_merges": 300, "width": 32, "heads": 2, "layers": min(recipe.text.layers, 2)},
         "data": {"workers": 0, "max_pairs": pairs and min(pairs, PAIRS)},
         "nearest_neighbor": {"queue_size": 64},
@@ -164,9 +166,10 @@ def write_world(folder, emoji_cache):
         write_data(folder / "data", folder / "pictures")
         draw(COLORS[0], SHAPES[0]).save(folder / "photo.jpg")
         runs = folder / "runs"
+        vit = {f"image.{key}": value for key, value in SMALL_IMAGE.items()}
         for name, recipe in {
             "demo": declip.load_recipe("demo-few-declip"),
-            "vit": declip.load_recipe("demo-few-clip", {"image.model": "declip_vit_tiny"}),
+            "vit": declip.load_recipe("demo-few-clip", vit),
         }.items():
             declip.train(small(recipe), out=runs / name, progress=False, report=False)
         declip.embed(runs / "demo", folder / "pictures", out=folder / "indices" / "pictures")
