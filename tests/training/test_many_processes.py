@@ -15,7 +15,7 @@ from declip.api import train
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
-from declip.runs.folder import KEPT
+from declip.runs.folder import KEPT, read_rows
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.distributed import HostGroup
@@ -318,7 +318,9 @@ def images_evaluated(recipe, folder):
 
 
 def test_the_processes_of_a_run_share_its_evaluation(table, tmp_path):
-    evaluation = {"retrieval": [str(table)]}
-    keys = of(tiny_tree(table, evaluation=evaluation), steps=1)
-    found = in_processes(images_evaluated, 2, tmp_path / "ranks", keys, tmp_path / "run")
-    assert sum(found) == 24
+    keys = of(tiny_tree(table, evaluation={"retrieval": [str(table)]}), steps=1)
+    run = tmp_path / "run"
+    found = in_processes(images_evaluated, 2, tmp_path / "ranks", keys, run)
+    assert found == [0, 24], "one batch, which the last rank encodes"
+    (row,) = read_rows(run / "evaluations.jsonl")
+    assert row["images"] == 24, "rank 0 writes what the other one encoded"
