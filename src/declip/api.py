@@ -198,7 +198,6 @@ def compare(
     overrides: Mapping[str, Any] | None = None,
     datasets: str | Path | Sequence[str | Path] = (),
     tasks: str | Sequence[str] = ("zero-shot",),
-    shots: int | Sequence[int] | None = None,
     budget: str = "samples",
     tune: str | None = None,
     tune_on: str | Path | None = None,
@@ -215,7 +214,6 @@ def compare(
             arguments share the runs.
         overrides: Dotted keys and values for all recipes.
         datasets: Evaluation sets; by default the first recipe's ``final_zero_shot``, or its ``zero_shot``.
-        shots: Numbers of examples per class, with the task few-shot; by default 4.
         budget: "samples": every recipe takes its steps; "compute": every recipe runs as long as the first.
         tune: A key and values, such as "train.lr=0.001,0.002,0.004", of which each recipe first gets the best, by one
             run of each with the largest number of pairs. A value at the edge of the values is warned of.
@@ -233,7 +231,6 @@ def compare(
         overrides=overrides,
         datasets=datasets,
         tasks=tasks,
-        shots=shots,
         budget=budget,
     ).with_terms(terms)
     if grid is not None:

@@ -107,7 +107,7 @@ MISTAKES = {
     "no index": ("search gone red", "gone' does not exist", "--out gone"),
     "no usable pair": ("data inspect lost.csv --workers 0", "missing image", "images/gone.png"),
     "shots of no task": ("evaluate RUN --dataset TABLE --shots 2", "--task few-shot"),
-    "shots compared": ("compare clip --pairs 8 --shots 2", "--task few-shot"),
+    "shots compared": ("compare clip --pairs 8 --shots 2", "no option --shots"),
     "embeds in fp16": ("embed RUN uncaptioned --out x --device cpu --precision fp16", "does not compute in fp16"),
     "evaluates in fp16": ("evaluate RUN --dataset TABLE --task retrieval --device cpu --precision fp16", "fp16"),
     "classifies in fp16": ("classify RUN uncaptioned --classes a,b --device cpu --precision fp16", "fp16"),

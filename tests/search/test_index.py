@@ -14,11 +14,12 @@ import declip
 from conftest import draw, refuses
 from declip.data.pair import Origin, Pair, PairSource
 from declip.data.sources.open import open_source
+from declip.io.outputs import INDEX_FILE
 from declip.models.dual_encoder import DualEncoder, PublishedHeads
 from declip.models.fingerprint import fingerprint
 from declip.reports.sheets import search_sheet
 from declip.search.index import Index, nearest
-from declip.search.info import INFO, IndexInfo, ModelInfo, SourceInfo
+from declip.search.info import IndexInfo, ModelInfo, SourceInfo
 from declip.search.store import SCHEMA, Block, IndexedImage
 from declip.search.writer import new_index
 from indices import tiny_model, write_index
@@ -159,7 +160,7 @@ def test_a_bad_query_says_why(made):
 
 
 def test_damage_is_said(made, model, folder):
-    path, files = made.folder / INFO, made.folder
+    path, files = made.folder / INDEX_FILE, made.folder
     tree = json.loads(path.read_text())
     npy, rows = (files / "vectors.npy").read_bytes(), (files / "rows.parquet").read_bytes()
     shorter = npy.replace(b"(24, 16)", b"(16, 24)")
@@ -177,7 +178,7 @@ def test_damage_is_said(made, model, folder):
         (files / "rows.parquet", rows.replace(b"black-bar.png", b"\xff" * 13), "damaged"),
         *((path, json.dumps({**tree, **change}).encode(), message) for change, message in changes),
         *(
-            (path, broken, INFO)
+            (path, broken, INDEX_FILE)
             for broken in (b"", b"[]", b'{"layout": 1}', path.read_bytes()[:100])
         ),
     ]

@@ -18,15 +18,12 @@ group = typer.Typer(help="Download and inspect pairs.", no_args_is_help=True)
 @group.command()
 def download(
     name: Annotated[str, Argument(help="a built-in set, such as builtin:emoji")],
-    cache: Annotated[
-        Path | None, file("cache folder; default: DECLIP_CACHE, or ~/.cache/declip", metavar="DIR")
-    ] = None,
     progress: opt.Progress = True,
 ) -> None:
     """Download a built-in set and render its images, once."""
     from declip.data.sources.open import download as fetch
 
-    say(f"Ready: {fetch(name, cache, progress=progress)}")
+    say(f"Ready: {fetch(name, progress=progress)}")
 
 
 PAGE_WIDTH = 100  # columns of the report in a file or a pipe
@@ -46,7 +43,6 @@ def inspect(
     batch_size: Annotated[
         int, Option(help="batch size in training, to count false negatives")
     ] = 128,
-    seed: Annotated[int, Option(help="seed of the sample and of the examples")] = 0,
     json_out: opt.JsonOut = None,
     html_out: Annotated[Path | None, file("also write a page with images", "--html")] = None,
     without_copies: Annotated[
@@ -69,7 +65,7 @@ def inspect(
         raise UserError(
             f"{problem} Give a test set with --check-leakage, and a file name that ends in {LIST_KIND}."
         )
-    options: dict[str, Any] = {"seed": seed, "size": size, "batch_size": batch_size, **reading}
+    options: dict[str, Any] = {"size": size, "batch_size": batch_size, **reading}
     read = None if everything or without_copies else sample
     opened = open_source(source, reading["columns"])
     inspection = inspect_source(opened, read, check_leakage=check_leakage or (), **options)

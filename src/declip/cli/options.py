@@ -19,13 +19,12 @@ from typer.core import TyperCommand
 
 from declip.data.columns import Columns, MissingColumns
 from declip.errors import UserError
-from declip.io.outputs import check_folder, output_file
+from declip.io.outputs import INDEX_FILE, check_folder, output_file
 from declip.recipe.starts import check_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-INDEX_FILE = "index.json"  # as `declip.search.info` names it
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 PIPE_WIDTH = 10_000  # columns of output to a file or a pipe, so that lines of tables are not broken
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)

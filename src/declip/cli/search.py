@@ -23,7 +23,14 @@ from declip.cli.options import (
 )
 from declip.errors import UserError, check_installed
 from declip.io.atomic import csv_path
-from declip.io.outputs import check_outputs, csv_table, png_path, result_json, write_output
+from declip.io.outputs import (
+    INDEX_FILE,
+    check_outputs,
+    csv_table,
+    png_path,
+    result_json,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from declip.search.index import Hit
@@ -45,7 +52,7 @@ Folder = Annotated[Path, Argument(**INDEX)]
 def embed(
     model: opt.Model,
     source: opt.Source,
-    out: Annotated[Path, opt.folder("folder of the index", opt.INDEX_FILE)],
+    out: Annotated[Path, opt.folder("folder of the index", INDEX_FILE)],
     captions: Annotated[
         bool, Option("--captions", help="also store a vector of the captions of each image")
     ] = False,
@@ -254,10 +261,7 @@ def from_parquet(
         list[str], Argument(callback=existing, help="Parquet files, their folder, or a pattern")
     ],
     model: Annotated[str, Option(callback=known, help="the model that made the vectors")],
-    out: Annotated[Path, opt.folder("folder of the index", opt.INDEX_FILE)],
-    dtype: Annotated[
-        Literal["float16", "float32"], Option(help="type of the stored vectors")
-    ] = "float16",
+    out: Annotated[Path, opt.folder("folder of the index", INDEX_FILE)],
     overwrite: Annotated[
         bool, Option("--overwrite", help="also replace an index of another model")
     ] = False,
@@ -265,7 +269,7 @@ def from_parquet(
     """Make an index of the vectors that Ray Data, datasets, Daft or Spark wrote."""
     from declip.search.index import Index
 
-    made = Index.from_parquet(files, model=model, out=out, dtype=dtype, overwrite=overwrite)
+    made = Index.from_parquet(files, model=model, out=out, overwrite=overwrite)
     say(f"Ready: {out}: {made.summary()}")
 
 
@@ -292,9 +296,6 @@ def choose(
     ] = None,
     index: opt.IndexFolder = None,
     sheet_out: opt.SheetOut = None,
-    seed: Annotated[
-        int, Option(min=0, help="seed of the sample, if there are more than 20,000 images")
-    ] = 0,
     overwrite: opt.Overwrite = False,
     *,
     reading: dict[str, Any],
@@ -308,7 +309,6 @@ def choose(
         "out": out,
         "overwrite": overwrite,
         "index": index,
-        "seed": seed,
     }
     choice = run_choice(model, images, count, **choosing, **reading)
     say(f"{choice.summary()}\nWritten: {out}")

@@ -13,7 +13,7 @@ from typer import Argument, Option
 from declip.cli import options as opt
 from declip.cli.options import console, file, known, reads_images, say
 from declip.errors import UserError
-from declip.io.outputs import check_outputs, result_json, write_output
+from declip.io.outputs import STUDY_FILE, check_outputs, result_json, write_output
 
 Task = Literal["zero-shot", "retrieval", "linear", "few-shot"]
 
@@ -268,13 +268,12 @@ def compare(
         int, Option(min=1, help="runs per recipe and number of pairs, with seeds 0, 1 …")
     ] = 3,
     out: Annotated[
-        Path | None, opt.folder("folder of the comparison; default: runs/compare", "study.json")
+        Path | None, opt.folder("folder of the comparison; default: runs/compare", STUDY_FILE)
     ] = None,
     datasets: Annotated[
         opt.Several, opt.source("default: the sets of the recipe; repeatable", "--dataset")
     ] = None,
     tasks: Annotated[opt.Several, Option("--task", help="default: zero-shot; repeatable")] = None,
-    shots: opt.Shots = None,
     budget: Annotated[
         Literal["samples", "compute"],
         Option(
@@ -312,7 +311,6 @@ def compare(
         overrides=overrides,
         datasets=datasets or (),
         tasks=tasks or ("zero-shot",),
-        shots=shots,
         budget=budget,
         tune=tune,
         tune_on=tune_on,

@@ -25,12 +25,12 @@ from rich.progress import (
 )
 
 from declip.comparison.outcome import FAILURE, RESULT, RUNS, Outcome, folder_of, read_outcome
-from declip.comparison.study import BUDGETS, STUDY, Study, Trial, extend_study
+from declip.comparison.study import BUDGETS, Study, Trial, extend_study
 from declip.errors import UserError, unknown
 from declip.evaluation.datasets import open_dataset
 from declip.evaluation.protocols import Options, check_dataset, evaluate_all
 from declip.io.atomic import file_lock, write_text
-from declip.io.outputs import check_folder
+from declip.io.outputs import STUDY_FILE, check_folder
 from declip.io.progress import progress_bar, status
 from declip.supervision.objective import active_terms
 from declip.training.assemble import assemble
@@ -143,7 +143,7 @@ def check(study: Study) -> None:
 
 def open_folder(study: Study, folder: Path, progress: bool = False) -> Study:
     """Create the folder of a study, or add the study to the comparison in it; at equal compute, time what is new."""
-    check_folder(folder, STUDY)
+    check_folder(folder, STUDY_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -155,7 +155,7 @@ def open_folder(study: Study, folder: Path, progress: bool = False) -> Study:
         study.check_names()
         if study.budget == "compute":
             study = _timed(study, progress)
-        write_text(folder / STUDY, json.dumps(study.to_dict(), indent=1))
+        write_text(folder / STUDY_FILE, json.dumps(study.to_dict(), indent=1))
     return study
 
 
@@ -202,7 +202,7 @@ def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     if not run.finished:
         return False
     # --- evaluate
-    options = Options(shots=study.shots, progress=False)
+    options = Options(progress=False)
     results = (evaluate_all(parts.model, name, study.tasks, options) for name in study.datasets)
     row = {
         **asdict(trial),

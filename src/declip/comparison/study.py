@@ -12,13 +12,13 @@ from typing import Any, Self
 from pydantic import TypeAdapter, ValidationError
 
 from declip.errors import UserError
+from declip.io.outputs import STUDY_FILE
 from declip.io.plugins import read_terms
 from declip.io.text import one_line
-from declip.recipe.checks import as_list, check_tasks
+from declip.recipe.checks import as_list
 from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
 
-STUDY = "study.json"
 BUDGETS = ("samples", "compute")
 """Equal samples: every recipe takes its train.steps. Equal compute: the steps that fit into the first recipe's time."""
 BASELINES = ("clip", "few-clip", "demo-clip", "demo-few-clip")
@@ -85,7 +85,6 @@ class Study:
     seeds: tuple[int, ...]
     datasets: tuple[str, ...]  # evaluation sets; the first one is the headline
     tasks: tuple[str, ...]
-    shots: tuple[int, ...] = (4,)  # of few-shot
     budget: str = "samples"
     terms_file: str = ""  # name and hash of the file that has them
     terms: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of the caller, by name
@@ -100,7 +99,6 @@ class Study:
         overrides: Mapping[str, Any] | None = None,
         datasets: str | Path | Sequence[str | Path] = (),
         tasks: str | Sequence[str] = ("zero-shot",),
-        shots: int | Sequence[int] | None = None,
         budget: str = "samples",
     ) -> Self:
         """Build a study; arguments as `declip.compare`."""
@@ -110,7 +108,6 @@ class Study:
         )
         counts = tuple(sorted({*map(int, as_list(pairs))}))
         names = tuple(as_list(tasks))
-        check_tasks(names, shots)
         if not (variants and counts and numbers and names):
             raise UserError(
                 "A comparison needs at least one recipe, one number of pairs, one seed and one task. Example: "
@@ -123,7 +120,6 @@ class Study:
             seeds=numbers,
             datasets=tuple(map(str, as_list(datasets))) or first.final_zero_shot or first.zero_shot,
             tasks=names,
-            shots=tuple(sorted({*map(int, as_list(shots or 4))})),
             budget=budget,
         )
 
@@ -175,7 +171,7 @@ class Study:
 
 def read_study(folder: Path) -> Study | None:
     """Read the study of a folder, None if there is none; refuse one that is damaged or of another version."""
-    path = folder / STUDY
+    path = folder / STUDY_FILE
     if not path.is_file():
         return None
     try:
@@ -195,7 +191,7 @@ def extend_study(study: Study, folder: Path) -> Study:
     # Anything else would change the meaning of earlier trials.
     changed = [
         f"{name} was {getattr(earlier, name)}, now {getattr(study, name)}"
-        for name in ("datasets", "tasks", "shots", "budget")
+        for name in ("datasets", "tasks", "budget")
         if getattr(study, name) != getattr(earlier, name)
     ]
     if earlier.terms_file and study.terms_file not in ("", earlier.terms_file):

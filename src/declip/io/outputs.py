@@ -13,6 +13,8 @@ from declip.errors import UserError
 from declip.io.atomic import atomic_write
 
 CARD = "README.md"  # of an export
+INDEX_FILE = "index.json"  # of an index
+STUDY_FILE = "study.json"  # of a comparison
 CHOSEN = ("image", "caption", "coverage")  # columns of `declip choose`
 CLASSIFIED = ("image", "class", "probability")  # first columns of `declip classify`
 

@@ -81,7 +81,6 @@ def choose(
     columns: Columns = DEFAULT,
     device: str = "auto",
     precision: Precision = "auto",
-    seed: int = 0,
     batch_size: int = 256,
     workers: int | None = None,
     progress: bool = False,
@@ -97,7 +96,6 @@ def choose(
         overwrite: Replace `out` if it exists.
         index: The folder of the images' index; by default one below "indices", for a folder that of `declip app`.
         precision: As in `declip.load`; a model that is given as an object stays as it is.
-        seed: Of the sample, if there are more than `MOST` images.
 
     Examples:
         >>> chosen = declip.choose("runs/demo", "photos", count=3, workers=0)
@@ -119,7 +117,7 @@ def choose(
         captioned = open_or_embed(opened.model, have, **options)
         has_captions = np.array([bool(own) for own in captioned.captions()], dtype=bool)
         known = captioned.vectors(captioned.ids[has_captions])
-    choice = choose_from(opened, count, known, seed)
+    choice = choose_from(opened, count, known)
     if path is not None:
         choice.write(path, overwrite)
     return choice

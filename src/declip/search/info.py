@@ -15,10 +15,10 @@ from declip.data.pair import SkipCounter
 from declip.data.sources.names import is_missing, resolve
 from declip.errors import UserError, newer
 from declip.io.atomic import put_back, write_text
+from declip.io.outputs import INDEX_FILE
 from declip.io.text import one_line
 from declip.recipe.starts import is_own
 
-INFO = "index.json"
 LAYOUT = 6  # raised when the files change their meaning
 
 Count = Annotated[int, Field(ge=0, lt=2**40)]
@@ -29,7 +29,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 def is_index(folder: Path) -> bool:
     """Whether a folder looks like an index."""
-    return (folder / INFO).is_file()
+    return (folder / INDEX_FILE).is_file()
 
 
 class InfoSection(BaseModel, extra="forbid"):
@@ -99,12 +99,12 @@ class IndexInfo(InfoSection):
 
     def save(self, folder: Path) -> None:
         """Write index.json durably; raises `UserError` if that fails."""
-        write_text(folder / INFO, self.model_dump_json(indent=1) + "\n", durable=True)
+        write_text(folder / INDEX_FILE, self.model_dump_json(indent=1) + "\n", durable=True)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read index.json; raises `UserError` if it is missing, damaged, or of another version of declip."""
-        path = folder / INFO
+        path = folder / INDEX_FILE
         content = _content(path)
         if content is None and not folder.exists():
             raise UserError(
@@ -113,7 +113,7 @@ class IndexInfo(InfoSection):
         if content is None:
             others = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
             raise UserError(
-                f"'{folder}' is not a complete index of this version of declip: it has no {INFO}. Make one, or "
+                f"'{folder}' is not a complete index of this version of declip: it has no {INDEX_FILE}. Make one, or "
                 f"continue an interrupted call: declip embed MODEL SOURCE --out {'indices/NEW' if others else folder}."
             )
         # A stranger's file: pydantic checks every value, and no path in it is opened without asking the source.

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 from declip.data.sources.names import resolve, stored_path
 from declip.errors import UserError
 from declip.io.atomic import HINT, atomic_write, flush
-from declip.io.outputs import check_folder
+from declip.io.outputs import INDEX_FILE, check_folder
 from declip.models.encoder import Encoder
 from declip.models.fingerprint import fingerprint
-from declip.search.info import INFO, IndexInfo, ModelInfo, Over, is_index
+from declip.search.info import IndexInfo, ModelInfo, Over, is_index
 from declip.search.store import GROUP_ROWS, MATRICES, ROWS, SCHEMA, Block
 
 
@@ -88,7 +88,7 @@ def check_target(folder: Path, wanted: IndexInfo, overwrite: bool) -> None:
     A new or empty folder may be taken. An index of the same model, source and options is replaced,
     as embedding again updates it; any other index only with `overwrite`; other files never.
     """
-    check_folder(folder, INFO)
+    check_folder(folder, INDEX_FILE)
     if overwrite or not is_index(folder):
         return
     if changed := _differences(folder, IndexInfo.read(folder), wanted):

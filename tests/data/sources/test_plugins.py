@@ -1,6 +1,7 @@
 """Sources and downloads of plugins, and the message where the package of the built-in sets is missing."""
 
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 
 import pytest
 
@@ -71,7 +72,8 @@ def noise(rest, columns):
 
 
 def fetch(rest, cache, progress):
-    return cache / rest / str(progress)
+    assert cache is None  # the default
+    return Path(rest) / str(progress)
 
 
 def not_a_source(rest, columns):
@@ -87,8 +89,8 @@ def test_a_plugin_opens_evaluates_and_downloads_its_sources(install, tmp_path, c
     )
     assert len(open_source("noise:7")) == 7
     assert len(open_dataset("noise:7").split("test")) == 7
-    done = command("data", "download", "noise:7", "--cache", tmp_path, "--quiet")
-    assert done.out.strip() == f"Ready: {tmp_path / '7' / 'False'}"
+    done = command("data", "download", "noise:7", "--quiet")
+    assert done.out.strip() == f"Ready: {Path('7') / 'False'}"
     refuses("'list:' of a plugin returned a list, not a PairSource", open_source, "list:7")
     refuses("Unknown source to download 'nois'.*'noise'", download, "nois:7")
     refuses("is not a built-in set but a path", download, str(tmp_path))
