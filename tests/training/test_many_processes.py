@@ -293,11 +293,9 @@ def test_an_error_of_one_ranks_data_ends_all_with_its_message_once(recipe, tmp_p
 
 def test_a_queue_of_each_process_is_resumed(recipe, tmp_path):
     keys = {**recipe, "nearest_neighbor": {"queue_size": 16, "queue_per_process": True}}
-    whole, half = of(keys, steps=4), of(keys, steps=4, checkpoint_every=2)
-    in_processes(trained, 2, tmp_path / "once", whole, tmp_path / "one")
-    in_processes(stopped, 2, tmp_path / "first", half, tmp_path / "two", 2, 0)
-    in_processes(trained, 2, tmp_path / "again", half, tmp_path / "two", True)
-    one, two = end_of(tmp_path / "one"), end_of(tmp_path / "two")
+    folders = tmp_path / "one", tmp_path / "two"
+    in_processes(whole_and_in_parts, 2, tmp_path / "ranks", of(keys, steps=3), *folders)
+    one, two = map(end_of, folders)
     other = QUEUE.replace("objective", "process.1")
     assert not torch.equal(one[QUEUE], one[other])
     assert torch.equal(one[QUEUE], two[QUEUE])
