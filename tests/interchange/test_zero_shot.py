@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import declip
-from conftest import refuses
+from conftest import refuses, write_table
 from declip.closed_form.related import class_neighbors
 from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Pairs, fit_heads
 from declip.interchange import starter
@@ -188,6 +188,22 @@ def test_a_builtin_start_is_a_whole_model_except_for_training(name, tmp_path):
     assert [hit.score for hit in parts.search("an apple")] == [
         hit.score for hit in whole.search("an apple")
     ]
+
+
+@pytest.mark.skipif(
+    not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed"
+)
+def test_a_fit_from_a_builtin_start_is_exported(tmp_path, monkeypatch):
+    # Only the export that is asked for
+    monkeypatch.setattr("declip.fitting.run.export_complete", lambda *_: None)
+    monkeypatch.setattr("declip.finetuning.outputs.write_finetuned", lambda *_: None)
+    for color in ("red", "blue"):
+        Image.new("RGB", (40, 40), color).save(tmp_path / f"{color}.png")
+    pairs = write_table(tmp_path / "pairs.csv", ["red.png,a red square", "blue.png,a blue square"])
+    keys = {"finetune.class_pairs": False}
+    run = declip.finetune(pairs, "builtin:lite0-minilm", keys, tmp_path / "run", progress=False)
+    declip.export(run, "open_clip", tmp_path / "out")
+    assert (tmp_path / "out/open_clip_model.safetensors").is_file()
 
 
 @pytest.mark.skipif(
