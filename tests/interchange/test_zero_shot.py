@@ -37,7 +37,7 @@ from text_encoders import bert
 COUNT = 60
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "heads"
