@@ -91,7 +91,7 @@ def build(
 ) -> SimpleNamespace:
     """Build model, objective, step and loader as the trainer does, with random weights and a filled queue."""
     torch.manual_seed(0)
-    model = DualEncoder.from_recipe(recipe).to(device)
+    model = DualEncoder(recipe).to(device)
     objective = Objective(recipe, model).to(device)
     objective.prepare(source, model)
     if "nearest_neighbor" in objective.terms:

@@ -129,7 +129,7 @@ def recipe_of(recipe: str, name: str, shape: Shape, batch: int) -> Recipe:
 def batch_of(recipe: Recipe, source: InMemory) -> PairBatch:
     """Load the batch with the median text length among the first."""
     with torch.device("meta"):
-        model = DualEncoder.from_recipe(recipe)
+        model = DualEncoder(recipe)
         loader = build_loader(source, model, Objective(recipe, model))
     longest = [
         max(len(model.tokenizer.encode(source.texts[i])) for i in loader.indices(k))

@@ -34,7 +34,7 @@ def count_cost(recipe: Recipe, caption_length: int) -> Cost:
     """
     plan, train, size = plan_views(recipe, needs_of(recipe)), recipe.train, recipe.image.size
     with torch.device("meta"):
-        model = DualEncoder.from_recipe(recipe).train()
+        model = DualEncoder(recipe).train()
         objective = Objective(recipe, model)
     weights = [p for module in (model, objective) for p in module.parameters()]
     trained = 16 if train.optimizer == "adamw" else 12  # weight, gradient, two moments or one

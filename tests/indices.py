@@ -18,7 +18,7 @@ from declip.search.writer import new_index
 
 def tiny_model(seed=0):
     torch.manual_seed(seed)
-    return DualEncoder.from_recipe(Recipe.model_validate(tiny_tree("unused"))).eval()
+    return DualEncoder(Recipe.model_validate(tiny_tree("unused"))).eval()
 
 
 def write_index(folder, images, texts=None, captions=()):

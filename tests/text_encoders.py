@@ -111,7 +111,7 @@ def model_of(folder, weights="clip", **text):
     keys = {"context_length": 24, "hf_model": str(folder), **text}
     torch.manual_seed(0)
     recipe = Recipe.model_validate({**TINY, "text": keys, "loss_weights": WEIGHTS[weights]})
-    return DualEncoder.from_recipe(recipe).eval()
+    return DualEncoder(recipe).eval()
 
 
 def _saved(model, folder):

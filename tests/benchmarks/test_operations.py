@@ -52,7 +52,7 @@ def test_memory_grows_by_the_float32_activations_that_a_pair_saves(count_cost):
         for precision in ("fp32", "bf16")
     )
     assert 0.4 < short.activations / precise.activations < 1
-    model = DualEncoder.from_recipe(Recipe.model_validate(tiny_tree("unused")))
+    model = DualEncoder(Recipe.model_validate(tiny_tree("unused")))
     assert (
         precise.states
         == short.states

@@ -155,10 +155,7 @@ def test_weights_of_sizes_that_no_one_meant(name, tensor):
 @pytest.fixture
 def checkpoint(here):
     recipe = Recipe.model_validate({key: TINY[key] for key in ("image", "text", "embed_dim")})
-    weights = {
-        f"model.{name}": tensor
-        for name, tensor in DualEncoder.from_recipe(recipe).state_dict().items()
-    }
+    weights = {f"model.{name}": tensor for name, tensor in DualEncoder(recipe).state_dict().items()}
     return write_snapshot(here / "run", Checkpoint(1, weights, {}, recipe.to_yaml()), keep=1)
 
 

@@ -97,7 +97,7 @@ def test_probes_of_a_model_that_knows_its_colors(probed, dataset):
 
 def test_a_real_model_can_be_probed_and_its_truncated_captions_are_counted(painted, dataset):
     torch.manual_seed(0)
-    real = DualEncoder.from_recipe(Recipe.model_validate(TINY))
+    real = DualEncoder(Recipe.model_validate(TINY))
     result = evaluate(real, dataset(train=(*NAMES, *NAMES, *NAMES[:5]), test=NAMES), "linear")
     assert (result.width, result.validation, result.train) == (64, "fifth of train", 19)
     assert result.top1 > 0.5  # even random weights tell colors apart

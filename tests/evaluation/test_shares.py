@@ -30,7 +30,7 @@ def measured(path, losses, how):
     train = {**TINY["train"], "strategy": how.pop("strategy", "ddp")}
     recipe = Recipe.model_validate(tiny_tree(path, loss_weights=losses, train=train))
     torch.manual_seed(0)
-    model = DualEncoder.from_recipe(recipe)
+    model = DualEncoder(recipe)
     objective = Objective(recipe, model)
     objective.attach(model)
     whole = whole_model(build_learner(model, objective))
@@ -67,7 +67,7 @@ def test_processes_share_the_images_and_find_what_one_finds(classified, tmp_path
 def refused(path):
     """How an evaluation ends whose second process cannot encode its images."""
     recipe = Recipe.model_validate(tiny_tree(path))
-    model = DualEncoder.from_recipe(recipe)
+    model = DualEncoder(recipe)
     if torch.distributed.get_rank() == 1:
         model.image_tower.register_forward_pre_hook(lambda _, given: (given[0] * torch.nan,))
     options = Options(batch_size=3, progress=False, share=HostGroup())

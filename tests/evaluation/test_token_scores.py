@@ -68,7 +68,7 @@ def test_scores_equal_a_plain_loop(padding):
         **ALONE,
         "late_interaction": {"width": 8, "include_padding": padding, "top_k": 2},
     }
-    model = DualEncoder.from_recipe(Recipe.model_validate(tree))
+    model = DualEncoder(Recipe.model_validate(tree))
     objective = Objective(model.recipe, model.double().eval()).double()
     assert model.token_scorer is None, "a constructor changes nothing but its object"
     objective.attach(model)
@@ -144,7 +144,7 @@ def test_a_run_of_this_loss_alone_is_evaluated_by_tokens(tmp_path, caplog):
 
 
 def test_heads_of_another_size_are_refused(tmp_path):
-    model = DualEncoder.from_recipe(Recipe.model_validate({**TINY, **ALONE}))
+    model = DualEncoder(Recipe.model_validate({**TINY, **ALONE}))
     heads = {
         name: t[:4] if t.ndim else t
         for name, t in Objective(model.recipe, model).state_dict().items()

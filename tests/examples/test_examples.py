@@ -169,7 +169,7 @@ def test_cells_behind_a_class_token_are_projected_as_it_is():
 
 def test_the_mean_of_a_heat_map_is_the_cosine_of_image_and_text():
     recipe = Recipe.model_validate({**TINY, "image": {"model": "declip_conv_tiny", "size": 64}})
-    model = DualEncoder.from_recipe(recipe).eval()
+    model = DualEncoder(recipe).eval()
     picture = draw("red", "square").resize((8, 8))  # as many pixels as cells: none is interpolated
     found = EXAMPLES["heat_map"]["similarity_map"](model, picture, "red")
     image, text = model.encode_image(picture), model.encode_text("red")
@@ -178,7 +178,7 @@ def test_the_mean_of_a_heat_map_is_the_cosine_of_image_and_text():
 
 
 def test_a_heat_map_is_drawn_over_an_image(tmp_path):
-    model = DualEncoder.from_recipe(Recipe.model_validate(TINY)).eval()
+    model = DualEncoder(Recipe.model_validate(TINY)).eval()
     declip.export(model, "safetensors", tmp_path / "model")
     draw("red", "square", 40).save(tmp_path / "photo.png")
     words = [str(tmp_path / "model"), str(tmp_path / "photo.png"), "red", str(tmp_path / "map.png")]

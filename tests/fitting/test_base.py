@@ -91,7 +91,7 @@ def test_features_of_other_towers_and_versions_are_computed_again(cache, monkeyp
     def stores(activation="gelu", weight=0.1):
         """The folders of both towers."""
         torch.manual_seed(0)
-        model = DualEncoder.from_recipe(
+        model = DualEncoder(
             Recipe.model_validate({**TINY, "text": {**TINY["text"], "activation": activation}})
         )
         torch.nn.init.constant_(model.text_tower.token_embedding.weight, weight)

@@ -80,7 +80,7 @@ def build(kind, **changes):
     """A small model in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return spread(DualEncoder.from_recipe(load_recipe("few-clip", {**KINDS[kind], **changes})))
+        return spread(DualEncoder(load_recipe("few-clip", {**KINDS[kind], **changes})))
 
 
 def spread(model):
@@ -98,7 +98,7 @@ def unprojected(kind="conv", size=64, **changes):
     """Weights of two towers without projections, with a classifier of 60 classes for images of a size."""
     torch.manual_seed(0)
     recipe = load_recipe("few-clip", {**KINDS[kind], **changes})
-    model = DualEncoder.from_recipe(recipe)
+    model = DualEncoder(recipe)
     tensors = {
         name: tensor
         for name, tensor in model.state_dict().items()

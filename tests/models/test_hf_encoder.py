@@ -93,7 +93,7 @@ def test_auto_pools_as_a_sentence_encoder_says(tmp_path, config, expected):
     model = model_of(folder)
     assert model.text_tower.pooling == expected
     kept = encoder_kept_in(model.state_dict(), folder)
-    assert DualEncoder.from_recipe(model.recipe, kept).text_tower.pooling == expected
+    assert DualEncoder(model.recipe, kept).text_tower.pooling == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -26,7 +26,7 @@ from supervision.test_objective import random_batch
 )
 def test_the_name_of_weights_is_not_an_image_tower(name):
     recipe = load_recipe("few-clip", {"image.model": name})
-    refuses(rf"image.model={name}.*finetune.pretrained", DualEncoder.from_recipe, recipe)
+    refuses(rf"image.model={name}.*finetune.pretrained", DualEncoder, recipe)
 
 
 def test_a_size_that_a_tower_cannot_take_is_named_and_trying_it_changes_nothing():
@@ -89,7 +89,7 @@ def test_towers_have_the_size_of_openai(image):
     width = 1024 if image == "resnet50_clip" else 512
     keys = {"image.model": image, "image.freeze_patch_embed": False, "embed_dim": width}
     with torch.device("meta"):
-        model = DualEncoder.from_recipe(load_recipe("clip-yfcc15m-vitb32", keys))
+        model = DualEncoder(load_recipe("clip-yfcc15m-vitb32", keys))
     assert sum(p.numel() for p in model.parameters()) == OPENAI[image] + 512 + width
 
 
@@ -210,7 +210,7 @@ def test_a_tower_is_timms_and_learns_from_every_term(name):
         }
     )
     torch.manual_seed(0)
-    model = DualEncoder.from_recipe(recipe)
+    model = DualEncoder(recipe)
     tower, images = model.image_tower, torch.randn(2, 4, 3, size, size)
     assert tower.has_batch_norm == batch_norm
     assert depths(model).keys() == {

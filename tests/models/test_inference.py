@@ -15,7 +15,7 @@ from declip.recipe.schema import Recipe
 def model_of(tower, size):
     torch.manual_seed(0)
     tree = tiny_tree("unused", image={"model": tower, "size": size})
-    model = DualEncoder.from_recipe(Recipe.model_validate(tree))
+    model = DualEncoder(Recipe.model_validate(tree))
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # statistics that change something
             if "running" in name:

@@ -155,7 +155,7 @@ def test_weight_decay_differs_in_positions_and_biases_of_attention_alone(name):
     """Theirs spares biases of layers, norms and logit scales (`param_group_all`); docs/method.md has the difference."""
     recipe = load_recipe(name)
     with torch.device("meta"):
-        model = DualEncoder.from_recipe(recipe)
+        model = DualEncoder(recipe)
         named = named_trainable(model, Objective(recipe, model))
     fused = ("in_proj_bias", "qkv.bias")
     theirs = {key for key, p in named if p.ndim > 1 or key.endswith(fused)}

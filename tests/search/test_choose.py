@@ -238,7 +238,7 @@ def test_a_text_search_builds_no_image_tower(folder, tmp_path):
     changes = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 24}
     recipe = own.recipe.model_copy(update={"text": own.recipe.text.model_copy(update=changes)})
     code = "import declip.search.index as i"
-    for name, model in (("own", own), ("encoder", DualEncoder.from_recipe(recipe))):
+    for name, model in (("own", own), ("encoder", DualEncoder(recipe))):
         write_declip_file(model, file := tmp_path / f"{name}.safetensors")
         declip.embed(file, folder, out=tmp_path / name, workers=0)
         code += f"\ni.Index.open({str(tmp_path / name)!r}).search('red', k=3)"

@@ -321,7 +321,7 @@ def test_a_saved_head_gives_the_same(model, folder, examples, tmp_path, weights_
     assert ("Accuracy" in first.err, "Accuracy" in again.err) == (True, True)
     # --- another model, damaged files
     torch.manual_seed(5)
-    other = DualEncoder.from_recipe(model.recipe).eval()
+    other = DualEncoder(model.recipe).eval()
     refuses("another model", declip.classify, other, folder, head=head)
     stored = load_file(head)
     save_file(stored, tmp_path / "bare.safetensors")

@@ -116,7 +116,7 @@ def test_another_model_is_refused(made, model):
     other = tiny_model()
     other.preprocessor.mean = torch.zeros(3)
     text = model.recipe.text.model_copy(update={"activation": "gelu"})
-    computed = DualEncoder.from_recipe(model.recipe.model_copy(update={"text": text}))
+    computed = DualEncoder(model.recipe.model_copy(update={"text": text}))
     computed.load_state_dict(model.state_dict())
     for wrong in (tiny_model(1), other, computed.eval()):
         refuses("another model", Index.open(made.folder, model=wrong).search, "a red bar")

@@ -134,7 +134,7 @@ def test_equals_a_plain_loop(units, name, offset, limit):
 def test_every_contrastive_loss_of_a_recipe_is_smoothed(units, name):
     tree = {**TINY, "loss_weights": {name: 1.0}, "contrastive": {"label_smoothing": 0.3}}
     recipe = Recipe.model_validate(tree)
-    term = objective.TERMS[name](recipe, DualEncoder.from_recipe(recipe)).double()
+    term = objective.TERMS[name](recipe, DualEncoder(recipe)).double()
     images, texts = units(2, 6, recipe.embed_dim), units(2, 6, recipe.embed_dim)
     own = Rows(("first", "second"), images[:, 1:4], texts[:, 1:4], {})
     keys = Rows(("first", "second"), images, texts, {})

@@ -96,7 +96,7 @@ def losses_with_own_queues():
     queue = {"queue_size": SIZE, "queue_per_process": True}
     tree = {**TINY, "loss_weights": {"nearest_neighbor": 1.0}, "nearest_neighbor": queue}
     recipe = Recipe.model_validate(tree)
-    model = DualEncoder.from_recipe(recipe)
+    model = DualEncoder(recipe)
     term = NearestNeighbor(recipe, model).double()
     gather = distributed.gather([ROWS, ROWS])
     scale = Similarity(torch.tensor(5.0))

@@ -25,13 +25,13 @@ WITHOUT_BATCH_NORM = {
 def parts(weights, **sections):
     recipe = Recipe.model_validate({**TINY, "loss_weights": weights, **sections})
     torch.manual_seed(0)
-    model = DualEncoder.from_recipe(recipe)
+    model = DualEncoder(recipe)
     return model, Objective(recipe, model)
 
 
 def random_batch(size=8, views=2, length=16):
     generator = torch.Generator().manual_seed(3)
-    tokenizer = DualEncoder.from_recipe(Recipe.model_validate(TINY)).tokenizer
+    tokenizer = DualEncoder(Recipe.model_validate(TINY)).tokenizer
     texts = torch.randint(1, 500, (2, size, length), generator=generator)
     ends = torch.randint(4, length, (2, size), generator=generator)
     place = torch.arange(length)
@@ -92,7 +92,7 @@ def test_two_image_views_share_one_caption():
     keys = {"loss_weights": {"contrastive": 0.5, "multi_view": 0.5, "nearest_neighbor": 0.1}}
     recipe = Recipe.model_validate({**TINY, **keys, "views": {"text": {"second_view": "none"}}})
     torch.manual_seed(0)
-    model = DualEncoder.from_recipe(recipe)
+    model = DualEncoder(recipe)
     objective = Objective(recipe, model)
     plan = plan_views(recipe, needs_of(recipe))
     assert ([view.name for view in plan.views], plan.texts) == (["first", "second"], 1)
@@ -237,7 +237,7 @@ def test_batch_norm_sees_each_view_alone():
 @pytest.mark.parametrize("mask", [True, False])
 def test_captions_in_groups_of_like_length_give_the_same_terms(mask):
     batch = random_batch()
-    end = DualEncoder.from_recipe(Recipe.model_validate(TINY)).tokenizer.end
+    end = DualEncoder(Recipe.model_validate(TINY)).tokenizer.end
     lengths = (batch.texts == end).int().argmax(dim=2) + 1
     batch = replace(double(batch), lengths=lengths)
     found = []

@@ -51,7 +51,7 @@ def test_a_block_that_cannot_be_compiled_is_an_error(table):
         raise ValueError("no compiler")
 
     torch._dynamo.reset()
-    model = DualEncoder.from_recipe(recipe_for(table, sections={"image": VIT}))
+    model = DualEncoder(recipe_for(table, sections={"image": VIT}))
     compile_blocks(model, broken)
     with pytest.raises(Exception, match="no compiler"):
         model.image_tower(torch.zeros(2, 3, 32, 32))
@@ -59,7 +59,7 @@ def test_a_block_that_cannot_be_compiled_is_an_error(table):
 
 
 def test_blocks_share_three_graphs_for_all_sizes(table, counter):
-    model = DualEncoder.from_recipe(
+    model = DualEncoder(
         recipe_for(table, sections={"text": {"width": 32, "layers": 4, "heads": 2}})
     )
     compile_blocks(model, counter)

@@ -98,7 +98,7 @@ def two_steps(name, tower, counts, **train):
     tree |= {"views": {"image_second": name != CAPTIONS}, "train": {**EXACT, **train}}
     recipe = Recipe.model_validate(tree)
     torch.manual_seed(0)
-    model = DualEncoder.from_recipe(recipe).double()
+    model = DualEncoder(recipe).double()
     objective = Objective(recipe, model)
     objective.prepare(Noise(8), model)
     objective.double()
@@ -232,7 +232,7 @@ def test_duplicates_are_no_negatives_of_any_loss(monkeypatch):
 
 def test_fewer_pairs_than_processes_are_refused(monkeypatch):
     recipe = Recipe.model_validate({**TINY, "loss_weights": WEIGHTS["clip"]})
-    model = DualEncoder.from_recipe(recipe)
+    model = DualEncoder(recipe)
     monkeypatch.setattr(distributed, "world_size", lambda: BATCH + 1)
     refuses(
         r"train\.batch_size=8 .* 9 processes",

@@ -24,7 +24,7 @@ UNDECAYED_WORDS = ("bias", "norm", "ln_", "logit_scale", "pos_embed", "positiona
 
 def test_groups_hold_every_parameter_once_and_decay_spares_biases_norms_scales_and_positions():
     recipe = Recipe.model_validate({**TINY, "loss_weights": WEIGHTS["defilip"]})
-    model = DualEncoder.from_recipe(recipe)
+    model = DualEncoder(recipe)
     named = named_trainable(model, objective := Objective(recipe, model))
     spared = {name for name, parameter in named if not decays(name, parameter)}
     assert spared == {name for name, _ in named if any(word in name for word in UNDECAYED_WORDS)}

@@ -132,7 +132,7 @@ def base_model(weights: Weights, recipe: Recipe) -> DualEncoder:
     if isinstance(encoder, TextEncoder):  # built without transformers, whose import takes seconds
         encoder = replace(encoder, filled_later=True)
     with torch.random.fork_rng(devices=[]), Uninitialized():
-        model = DualEncoder.from_recipe(recipe, encoder)
+        model = DualEncoder(recipe, encoder)
     for name, parameter in model.named_parameters():
         if name.startswith(PROJECTIONS):
             nn.init.zeros_(parameter)

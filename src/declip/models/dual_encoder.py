@@ -66,7 +66,9 @@ class DualEncoder(nn.Module, Complete):
         encoder: TextEncoder | WrappedModel | None = None,
         towers: Towers = "both",
     ) -> None:
-        """Build both towers, or one; encoding without its tower raises a `UserError`.
+        """Build both towers of a recipe, or one, with random weights from torch's current seed.
+
+        Encoding without its tower raises a `UserError`.
 
         The encoder of ``text.hf_model`` starts from its own weights unless ``text.pretrained`` is false; `encoder` is
         used instead where the weights will be loaded anyway. A `WrappedModel` always gives both towers.
@@ -100,13 +102,6 @@ class DualEncoder(nn.Module, Complete):
         self.text_tower = WrappedTextTower(words, tokenizer, model)
         if self.recipe.views.text.mask:
             self.text_tower.language_head()  # raises
-
-    @classmethod
-    def from_recipe(
-        cls, recipe: Recipe, encoder: TextEncoder | WrappedModel | None = None
-    ) -> "DualEncoder":
-        """Build the model that a recipe describes, with random weights from torch's current seed."""
-        return cls(recipe, encoder)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules, except those that `declip.models.layers` keeps in evaluation mode."""

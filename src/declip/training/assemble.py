@@ -131,7 +131,7 @@ def _build_model(
 ) -> DualEncoder:
     """Build the model of a recipe on a device; refuse one that does not fit into the memory."""
     try:
-        return DualEncoder.from_recipe(recipe, encoder).to(device)
+        return DualEncoder(recipe, encoder).to(device)
     except (MemoryError, RuntimeError) as error:
         # A CPU's allocator raises a plain RuntimeError.
         short = isinstance(error, MemoryError | torch.OutOfMemoryError)

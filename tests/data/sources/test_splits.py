@@ -158,7 +158,7 @@ def test_a_milder_contrastive_view_is_one_more(table):
         recipe = Recipe.model_validate(
             tiny_tree(table, "slip", views={"contrastive_view": contrastive})
         )
-        model = DualEncoder.from_recipe(recipe)
+        model = DualEncoder(recipe)
         pairs = opened_for(str(table))
         with build_loader(pairs, model, Objective(recipe, model)) as loader:
             return next(loader).views
