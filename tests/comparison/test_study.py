@@ -42,6 +42,9 @@ def test_the_plan_survives_the_disk_and_a_damaged_one_is_the_users_error(tmp_pat
     assert read_study(tmp_path / "nowhere") is None
     (tmp_path / "study.json").write_text('{"variants": 3}')
     refuses("Choose another folder", read_study, tmp_path)
+    other_version = {**asdict(STUDY), "shots": [1]}
+    (tmp_path / "study.json").write_text(json.dumps(other_version))
+    refuses("this version of declip: shots: .*Choose another folder", read_study, tmp_path)
 
 
 def test_a_later_call_may_add_variants_pairs_and_seeds_and_keeps_what_was_measured(tmp_path):

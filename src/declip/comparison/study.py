@@ -9,12 +9,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from declip.errors import UserError
 from declip.io.outputs import STUDY_FILE
 from declip.io.plugins import read_terms
-from declip.io.text import one_line
 from declip.recipe.checks import as_list
 from declip.recipe.load import flat, load_recipe
 from declip.recipe.schema import Recipe
@@ -88,6 +87,9 @@ class Study:
     budget: str = "samples"
     terms_file: str = ""  # name and hash of the file that has them
     terms: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of the caller, by name
+
+    # A setting of another version that this one would ignore makes other results.
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     @classmethod
     def of(
@@ -177,8 +179,10 @@ def read_study(folder: Path) -> Study | None:
     try:
         return TypeAdapter(Study).validate_json(path.read_bytes())
     except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        problem = ": ".join([*map(str, first["loc"]), first["msg"]])
         raise UserError(
-            f"'{path}' is not a comparison of this version of declip: {one_line(error)}. "
+            f"'{path}' is not a comparison of this version of declip: {problem}. "
             "Choose another folder with --out."
         ) from error
 
