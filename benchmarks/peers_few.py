@@ -29,17 +29,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from declip.closed_form.choice import choose_heads
 from declip.closed_form.folds import assign_folds
-from declip.closed_form.heads import choose_heads
+from declip.closed_form.heads import fit_heads
+from declip.closed_form.pairs import FOLDS, ClassPairs, FitData, Pairs
 from declip.closed_form.ranks import HeldOutBlock, caption_numbers, score
-from declip.closed_form.related import choose_neighbors, known_pairs, mean_by_owner
-from declip.closed_form.solve import ClassPairs, Form, Pairs, centered, fit_heads, regression_rows
+from declip.closed_form.regression import centered, regression_rows
+from declip.closed_form.related import choose_neighbors, known_pairs
+from declip.closed_form.solve import Form
 from declip.comparison.outcome import EfficiencyCurve, curve_of, pairs_needed
-from declip.evaluation.held_out import HeldOutSets
 from declip.finetuning.request import Request
 from declip.finetuning.run import Start
 from declip.fitting.pairs import read_features
-from declip.fitting.run import FitTask, class_pairs, open_base
+from declip.fitting.run import class_pairs, named_weights, open_base
 from declip.recipe.checks import load_for_training
 from declip.recipe.resolve import Facts, resolve
 from declip.training.pairs import open_training_source
@@ -47,7 +49,6 @@ from declip.training.pairs import open_training_source
 SIZES = (0, 31, 124, 500, 2_000, -1)  # training pairs; -1: all
 MOST = 6_000  # of 64,000 icons
 START = "builtin:lite2-minilm"
-FOLDS = 5
 MANY = 100  # pairs, above which one part chooses the settings of the peers
 WIDTH = 512  # of the space that the trained peers learn
 SALT = 7_000  # of the splits; 0 to 2 are those of this table
@@ -100,24 +101,21 @@ class Data:
         base = open_base(recipe, started.weights)
         features = read_features(source, base, recipe.data.max_broken_fraction, True)
         classes = started.weights.named_classes()
-        task = FitTask(recipe, started.weights, source, HeldOutSets(recipe.data), True)
 
         def names(rows: Tensor) -> Tensor:
             assert classes is not None
             texts = [", ".join(classes.names[i] for i in row) for row in rows.tolist()]
             return base.pool_captions(texts)
 
-        known = None if base.projected else class_pairs(task, base)
+        known = None
+        if not base.projected:
+            known = class_pairs(named_weights(recipe, started.weights), base, progress=True)
         return cls(features.pairs, features.groups, known, classes and names, base.projected)
 
     def some(self, indices: np.ndarray) -> tuple[Pairs, np.ndarray]:
         """Some images with their captions, and their groups."""
         chosen = torch.from_numpy(np.sort(indices))
-        captions = torch.isin(self.pairs.owners, chosen)
-        owners = torch.searchsorted(chosen, self.pairs.owners[captions])
-        return Pairs(self.pairs.images[chosen], self.pairs.texts[captions], owners), self.groups[
-            chosen.numpy()
-        ]
+        return self.pairs.of_images(chosen), self.groups[chosen.numpy()]
 
 
 def recall(towers: Towers, pairs: Pairs) -> tuple[float, float]:
@@ -137,11 +135,13 @@ def recall(towers: Towers, pairs: Pairs) -> tuple[float, float]:
 
 def declip(task: Task, neighbors: bool = True) -> Towers:
     """`declip finetune`: forms, weights of classes and neighbors are chosen by cross-validation inside."""
-    given = task.pairs, task.groups, task.classes, task.seed
+    data = FitData.of(
+        task.pairs, task.groups, task.classes, one_space=task.embedded, seed=task.seed
+    )
     related = neighbors and not task.embedded and len(task.pairs.images) > 0
-    choice = choose_heads(*given, task.embedded, keep_start=not related)
+    choice = choose_heads(data, keep_start=not related)
     if related:
-        choice = choose_neighbors(choice, *given)
+        choice = choose_neighbors(choice, data)
     heads = choice.heads.to(torch.zeros(1))
     return Towers(heads.embed_images, heads.embed_texts)
 
@@ -166,14 +166,14 @@ def csa(task: Task, ridge: float, classes: bool) -> Towers:
     known = (
         task.classes._replace(posteriors=False) if classes and task.classes is not None else None
     )
-    (heads,) = fit_heads(task.pairs, known, 1.0 if classes else 0.0, (Form("cca", ridge),))
+    heads = fit_heads(task.pairs, known, 1.0 if classes else 0.0, Form("cca", ridge))
     heads = heads.to(torch.zeros(1))
     return Towers(heads.embed_images, heads.embed_texts)
 
 
 def procrustes(task: Task, width: int) -> Towers:
     """The rotation that brings both sides together, in their leading directions."""
-    texts = mean_by_owner(task.pairs.texts, task.pairs.owners, len(task.pairs.images))
+    texts = task.pairs.mean_texts()
     sides = []
     for rows in (task.pairs.images, texts):
         mean = rows.mean(dim=0)

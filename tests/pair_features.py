@@ -2,7 +2,7 @@
 
 import torch
 
-from declip.closed_form.solve import ClassPairs, Pairs
+from declip.closed_form.pairs import ClassPairs, Pairs
 
 
 def features(n, v=12, w=7, seed=0, noise=0.1):

@@ -6,17 +6,21 @@ import torch
 from scipy.stats import t
 from torch.nn.functional import pad
 
-from declip.closed_form import estimates, heads, ranks
+from declip.closed_form import choice as choosing
+from declip.closed_form import estimates, ranks
+from declip.closed_form import pairs as known_data
 from declip.closed_form.axes import largest_directions
 from declip.closed_form.candidates import best_candidate
+from declip.closed_form.choice import choose_heads
 from declip.closed_form.cross_validation import CrossValidation
 from declip.closed_form.estimates import jackknife
 from declip.closed_form.folds import assign_folds
 from declip.closed_form.growth import growth
-from declip.closed_form.heads import choose_heads
+from declip.closed_form.heads import Heads, fit_heads, mix
 from declip.closed_form.mixing import mixed_choices
+from declip.closed_form.pairs import FitData, Pairs
 from declip.closed_form.ranks import HeldOutBlock, HeldOutRanks, caption_numbers, ranks_by
-from declip.closed_form.solve import DEFAULT_FORM, START, Heads, Pairs, fit_heads, mix
+from declip.closed_form.solve import DEFAULT_FORM, START
 from declip.reports.charts import growth_chart
 from pair_features import class_pairs, pairs_of
 
@@ -29,7 +33,7 @@ def held_out(found, pairs):
 
 def test_classes_alone_make_heads_that_find_images():
     nothing = Pairs(torch.empty(0, 12), torch.empty(0, 7), torch.empty(0, dtype=torch.int64))
-    choice = choose_heads(nothing, np.empty(0, np.int64), class_pairs())
+    choice = choose_heads(FitData.of(nothing, np.empty(0, np.int64), class_pairs()))
     assert choice.class_weight == 1
     # Chance: 1 of 40
     assert float((held_out(choice.heads, pairs_of(40)).to_text < 1).double().mean()) > 0.5
@@ -41,12 +45,11 @@ def test_embeddings_stay_as_they_are_unless_their_pairs_say_otherwise():
     turned = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
     noise = torch.randn(200, 12, generator=generator, dtype=torch.float64)
     for images, form in ((texts + noise, "start"), (texts @ turned + 0.3 * noise, "pulled")):
-        choice = choose_heads(
-            Pairs(images, texts, torch.arange(200)), np.arange(200), embedded=True
-        )
+        pairs = Pairs(images, texts, torch.arange(200))
+        choice = choose_heads(FitData.of(pairs, np.arange(200), one_space=True))
         assert choice.form.method == form
     few = Pairs(texts[:10], texts[10:20], torch.arange(10))
-    assert choose_heads(few, np.arange(10), embedded=True).form.method == "start"
+    assert choose_heads(FitData.of(few, np.arange(10), one_space=True)).form.method == "start"
 
 
 def test_a_start_is_changed_with_more_caution_than_the_usual_heads(monkeypatch):
@@ -55,9 +58,10 @@ def test_a_start_is_changed_with_more_caution_than_the_usual_heads(monkeypatch):
     turned = torch.eye(8) + 0.35 * torch.randn(8, 8, generator=generator, dtype=torch.float64)
     images = texts @ turned + 0.7 * torch.randn(60, 8, generator=generator, dtype=torch.float64)
     pairs = Pairs(images, texts, torch.arange(60))  # a gain of 1.5 standard errors
-    assert choose_heads(pairs, np.arange(60), embedded=True).form == START
-    monkeypatch.setattr(heads, "START_CAUTION", heads.CAUTION)
-    assert choose_heads(pairs, np.arange(60), embedded=True).form != START
+    data = FitData.of(pairs, np.arange(60), one_space=True)
+    assert choose_heads(data).form == START
+    monkeypatch.setattr(choosing, "START_CAUTION", choosing.CAUTION)
+    assert choose_heads(data).form != START
 
 
 def some_ranks(to_text, to_image):
@@ -85,7 +89,7 @@ def test_a_gain_within_the_noise_is_not_taken():
 
 def test_percentiles_do_not_depend_on_the_number_of_candidates():
     pairs = pairs_of(800, noise=1.5)
-    found = choose_heads(pairs, np.arange(800)).heads
+    found = choose_heads(FitData.of(pairs, np.arange(800))).heads
     few, many = (ranks_by(found, pairs, torch.arange(800) % count) for count in (100, 1))
     assert few.recall(10, np.arange(800)).value > 5 * many.recall(10, np.arange(800)).value / 2
     percentiles = [float(each.percentiles().mean()) for each in (few, many)]
@@ -105,7 +109,10 @@ def test_percentiles_of_the_best_of_equal_and_of_the_worst_candidates(image, exp
 
 def test_groups_of_several_images_count_by_their_images():
     pairs = pairs_of(90, noise=2.0)
-    outcome, groups = choose_heads(pairs, np.arange(90)).outcome, np.minimum(np.arange(90), 30)
+    outcome, groups = (
+        choose_heads(FitData.of(pairs, np.arange(90))).outcome,
+        np.minimum(np.arange(90), 30),
+    )
     plain = (
         float((outcome.to_text < 1).double().mean()) + float((outcome.to_image < 1).double().mean())
     ) / 2
@@ -120,7 +127,7 @@ def test_captions_of_one_image_weigh_as_one_in_cross_validation():
     often = Pairs(once.images, once.texts[owners], owners)
     fits = []
     for pairs in (once, often):
-        (outcome,) = CrossValidation(pairs, np.arange(40), folds, None, False, 0.0).ranks(
+        (outcome,) = CrossValidation(FitData(pairs, np.arange(40), folds), 0.0).ranks(
             (DEFAULT_FORM,)
         )
         fits.append(outcome.fit[:40])
@@ -132,7 +139,7 @@ def test_meaningless_captions_leave_the_start_as_it_is():
     meaningless = pairs._replace(
         texts=torch.randn(pairs.texts.shape, generator=generator, dtype=torch.float64)
     )
-    choice = choose_heads(meaningless, np.arange(100), class_pairs())
+    choice = choose_heads(FitData.of(meaningless, np.arange(100), class_pairs()))
     assert choice.form == START
     low, high = choice.outcome.percentile(np.arange(100))[1:]
     assert low < 0.5 < high
@@ -141,24 +148,26 @@ def test_meaningless_captions_leave_the_start_as_it_is():
 def test_the_start_knows_no_pair():
     pairs, classes, groups = pairs_of(40, noise=1.0), class_pairs(), np.arange(40)
     nothing = Pairs(*(part[:0] for part in pairs))
-    (alone,) = fit_heads(nothing, classes, 1.0, (DEFAULT_FORM,))
+    alone = fit_heads(nothing, classes, 1.0, DEFAULT_FORM)
     expected = ranks_by(alone, pairs, torch.from_numpy(assign_folds(groups, 5))).percentiles()
-    torch.testing.assert_close(choose_heads(pairs, groups, classes).start.percentiles(), expected)
+    torch.testing.assert_close(
+        choose_heads(FitData.of(pairs, groups, classes)).start.percentiles(), expected
+    )
 
 
 def test_few_pairs_take_the_usual_heads():
     for count, usual in ((40, True), (400, False)):
-        choice = choose_heads(pairs_of(count, noise=0.1), np.arange(count))
+        choice = choose_heads(FitData.of(pairs_of(count, noise=0.1), np.arange(count)))
         assert (choice.form == DEFAULT_FORM) == usual
     known = class_pairs(60)
     # Worse than any pairs, so the start does not stay
     wrong = known._replace(texts=known.texts.flip(0))
-    assert choose_heads(pairs_of(40, noise=0.1), np.arange(40), wrong).class_weight == 1
+    assert choose_heads(FitData.of(pairs_of(40, noise=0.1), np.arange(40), wrong)).class_weight == 1
 
 
 def test_more_noise_needs_more_ridge_and_a_smaller_scale():
     clear, noisy = (
-        choose_heads(pairs_of(300, noise=noise), np.arange(300)) for noise in (0.3, 3.0)
+        choose_heads(FitData.of(pairs_of(300, noise=noise), np.arange(300))) for noise in (0.3, 3.0)
     )
     assert clear.form.ridge < noisy.form.ridge
     assert clear.logit_scale > noisy.logit_scale
@@ -168,14 +177,14 @@ def test_classes_help_in_cross_validation_as_in_the_fit():
     pairs, folds = pairs_of(20, noise=3.0), torch.arange(20) % 5
     means = []
     for weight in (0.0, 1.0):
-        validation = CrossValidation(pairs, np.arange(20), folds, class_pairs(300), False, weight)
+        validation = CrossValidation(FitData(pairs, np.arange(20), folds, class_pairs(300)), weight)
         means.append(float(validation.ranks((DEFAULT_FORM,))[0].percentiles().mean()))
     assert means[1] > means[0] + 0.1
 
 
 def test_cross_validated_recall_is_near_that_of_new_images():
     pairs, new = pairs_of(400, noise=1.0), pairs_of(80, noise=1.0, seed=5)
-    choice = choose_heads(pairs, np.arange(400))
+    choice = choose_heads(FitData.of(pairs, np.arange(400)))
     truth = held_out(choice.heads, new).recall(10, np.arange(80)).value
     estimate = choice.outcome.recall(10, np.arange(400))
     assert estimate.value == pytest.approx(truth, abs=0.1)  # folds of 80 images, too
@@ -184,9 +193,9 @@ def test_cross_validated_recall_is_near_that_of_new_images():
 
 def test_many_images_compete_in_blocks_and_all_have_a_rank(monkeypatch):
     pairs = pairs_of(200, noise=0.5)
-    monkeypatch.setattr(heads, "MOST", 100)
+    monkeypatch.setattr(known_data, "MOST", 100)
     monkeypatch.setattr(ranks, "BLOCK", 20)
-    outcome = choose_heads(pairs, np.arange(200)).outcome
+    outcome = choose_heads(FitData.of(pairs, np.arange(200))).outcome
     assert (set(outcome.images.tolist()), bool(outcome.fit.isfinite().all())) == ({20}, True)
 
 
@@ -194,7 +203,7 @@ def test_captions_that_do_not_fit_have_bad_ranks_out_of_fold():
     pairs = pairs_of(200)
     wrong = torch.arange(0, 40, 2)
     pairs.texts[wrong] = pairs.texts[wrong.roll(1)]
-    outcome = choose_heads(pairs, np.arange(200)).outcome
+    outcome = choose_heads(FitData.of(pairs, np.arange(200))).outcome
     assert int(torch.isin(outcome.fit.argsort(descending=True)[:30], wrong).sum()) >= 16
 
 
@@ -206,7 +215,7 @@ def test_folds_keep_groups_together_and_are_of_one_size():
 
 
 def test_fewer_groups_than_can_be_validated_take_the_defaults():
-    choice = choose_heads(pairs_of(30), np.arange(30) // 2)
+    choice = choose_heads(FitData.of(pairs_of(30), np.arange(30) // 2))
     assert (choice.form, choice.class_weight, choice.outcome) == (("ridge", 1.0), 0.0, None)
 
 
@@ -222,7 +231,7 @@ def test_the_interval_contains_the_result_on_new_pairs():
     # Of 60 intervals of 95 % about 57; without the factor for folds that are not independent 52
     new, groups, right = pairs_of(600, noise=4.0, seed=999), np.arange(40), 0
     for seed in range(60):
-        choice = choose_heads(pairs_of(40, noise=4.0, seed=seed), groups)
+        choice = choose_heads(FitData.of(pairs_of(40, noise=4.0, seed=seed), groups))
         estimate = choice.outcome.percentile(groups)
         truth = float(held_out(choice.heads, new).percentiles().mean())
         right += estimate.low <= truth <= estimate.high
@@ -231,7 +240,7 @@ def test_the_interval_contains_the_result_on_new_pairs():
 
 def test_a_few_large_groups_widen_the_interval():
     pairs = pairs_of(200, noise=1.0)
-    outcome = choose_heads(pairs, np.arange(200)).outcome
+    outcome = choose_heads(FitData.of(pairs, np.arange(200))).outcome
     # 100 groups of 2; 100 of 1 and one of 100
     even = np.arange(200) // 2
     uneven = np.minimum(np.arange(200), 100)
@@ -241,8 +250,8 @@ def test_a_few_large_groups_widen_the_interval():
 
 
 def curve_of(pairs, groups):
-    choice = choose_heads(pairs, groups)
-    return choice, growth(choice, len(groups))
+    choice = choose_heads(FitData.of(pairs, groups))
+    return choice, growth(choice)
 
 
 def test_the_curve_rises_where_more_pairs_help():
@@ -256,10 +265,10 @@ def test_the_curve_rises_where_more_pairs_help():
 
 
 def test_fewer_pairs_may_take_more_ridge(monkeypatch):
-    choice = choose_heads(pairs_of(320, v=60, w=50, noise=1.0), np.arange(320))
-    several = growth(choice, 320).measured
+    choice = choose_heads(FitData.of(pairs_of(320, v=60, w=50, noise=1.0), np.arange(320)))
+    several = growth(choice).measured
     monkeypatch.setattr("declip.closed_form.growth.MORE_RIDGE", (1.0,))
-    alone = growth(choice, 320).measured
+    alone = growth(choice).measured
     assert (several[0].value > alone[0].value, several[-1]) == (True, alone[-1])
 
 
@@ -309,7 +318,9 @@ def test_a_mixture_with_the_start_is_better_on_pairs_of_the_start(posteriors):
     ).Q
     own = pairs_of(100, seed=1)
     own = own._replace(texts=own.texts @ turn)  # other words for the same images
-    choices = mixed_choices(choose_heads(own, np.arange(100), classes), (1.0, 0.5, 0.25))
+    choices = mixed_choices(
+        choose_heads(FitData.of(own, np.arange(100), classes)), (1.0, 0.5, 0.25)
+    )
     of_kept = {alpha: recall(choice.heads, kept) for alpha, choice in choices.items()}
     of_own = {
         alpha: choice.outcome.recall(1, np.arange(100)).value for alpha, choice in choices.items()
@@ -321,7 +332,7 @@ def test_a_mixture_with_the_start_is_better_on_pairs_of_the_start(posteriors):
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_a_mixture_adds_the_maps_of_both_heads(weight):
     pairs, classes = pairs_of(60), class_pairs(30)
-    ends = [fit_heads(pairs, classes, part, (DEFAULT_FORM,))[0] for part in (1.0, weight)]
+    ends = [fit_heads(pairs, classes, part, DEFAULT_FORM) for part in (1.0, weight)]
     mixed = mix(*ends, 0.3)
     maps = [
         pad(heads.image, (0, 42 - heads.image.shape[1])).mT @ heads.text for heads in (*ends, mixed)
@@ -334,15 +345,15 @@ def test_a_mixture_adds_the_maps_of_both_heads(weight):
 
 def test_the_out_of_fold_ranks_of_a_mixture_are_those_of_heads_without_the_fold():
     pairs, classes = pairs_of(60, noise=1.0), class_pairs(300)
-    choice = choose_heads(pairs, np.arange(60), classes)
-    found, folds = mixed_choices(choice, (1.0, 0.5))[0.5].outcome, choice.whole.folds
+    choice = choose_heads(FitData.of(pairs, np.arange(60), classes))
+    found, folds = mixed_choices(choice, (1.0, 0.5))[0.5].outcome, choice.whole.data.folds
     equal = []
     for fold in folds.unique():
         some, rows = (sides.nonzero().flatten() for sides in (folds != fold, folds == fold))
         fitted, left_out = (
             Pairs(pairs.images[at], pairs.texts[at], torch.arange(len(at))) for at in (some, rows)
         )
-        (heads,) = fit_heads(fitted, classes, choice.class_weight, (choice.form,))
+        heads = fit_heads(fitted, classes, choice.class_weight, choice.form)
         ranks = held_out(mix(choice.start_heads, heads, 0.5), left_out).to_text
         equal.append((found.to_text[rows] == ranks).double())
     assert float(torch.cat(equal).mean()) > 0.9  # cross-validation takes the means of all folds

@@ -8,12 +8,13 @@ import torch
 from torch.nn.functional import normalize
 
 from declip.closed_form import neighbors, related
-from declip.closed_form.folds import assign_folds
-from declip.closed_form.heads import FOLDS, choose_heads
+from declip.closed_form.choice import choose_heads
+from declip.closed_form.heads import Heads
 from declip.closed_form.neighbors import Side, Similarities, both_resemble, leading_axes
+from declip.closed_form.pairs import FitData, Pairs
 from declip.closed_form.ranks import ranks_by
 from declip.closed_form.related import choose_neighbors, known_pairs, with_neighbors
-from declip.closed_form.solve import START, Heads, Pairs
+from declip.closed_form.solve import START
 from pair_features import class_pairs, features, pairs_of
 
 
@@ -87,8 +88,9 @@ def test_what_an_image_and_a_text_both_resemble_counts_most_in_their_cosine():
 
 
 def test_a_start_that_nothing_improves_stays_as_it_is(monkeypatch):
-    pairs, classes, groups = pairs_of(60), class_pairs(), np.arange(60)
-    linear = choose_heads(pairs, groups, classes, keep_start=False)
+    groups = np.arange(60)
+    data = FitData.of(pairs_of(60), groups, class_pairs())
+    linear = choose_heads(data, keep_start=False)
     monkeypatch.setattr(related, "CAUTION", 99.0)  # the usual weights
     compared = []
     for better in (1, 2, 3):  # the first that is better than the start
@@ -99,8 +101,8 @@ def test_a_start_that_nothing_improves_stays_as_it_is(monkeypatch):
             compared.append(outcome)
             return len(compared) == better
 
-        monkeypatch.setattr("declip.closed_form.heads.beats", beats)
-        choice = choose_neighbors(linear, pairs, groups, classes)
+        monkeypatch.setattr("declip.closed_form.choice.beats", beats)
+        choice = choose_neighbors(linear, data)
         assert (choice.form == START) == (better > 1)
         assert len(compared) == min(better, 2)
         if better < 3:
@@ -168,13 +170,15 @@ def clustered(count):
 
 def test_neighbors_are_taken_where_they_rank_left_out_pairs_better():
     pairs, groups = clustered(80), np.arange(80)
-    choice = choose_heads(pairs, groups)
-    useless = Heads(
-        torch.randn(4, 20, dtype=torch.float64), torch.randn(4, 20, dtype=torch.float64)
+    data = FitData.of(pairs, groups)
+    choice = choose_heads(data)
+    at_random = torch.randn(
+        2, 4, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    outcome = ranks_by(useless, pairs, torch.from_numpy(assign_folds(groups, FOLDS)))
+    useless = Heads(*at_random)
+    outcome = ranks_by(useless, pairs, data.folds)
     choice = replace(choice, heads=useless, whole=None, outcome=outcome)
-    found = with_neighbors(choice, pairs, groups, None)
+    found = with_neighbors(choice, data)
     assert found.heads.neighbors is not None
     assert found.outcome.percentile(groups).value > 0.8
 
@@ -184,7 +188,8 @@ def test_a_left_out_pair_is_not_its_own_neighbor(monkeypatch):
     generator = torch.Generator().manual_seed(2)
     images, texts = torch.randn(2, 60, 16, generator=generator, dtype=torch.float64)
     pairs = Pairs(images, texts, torch.arange(60))
-    choice = choose_heads(pairs, np.arange(60))
+    data = FitData.of(pairs, np.arange(60))
+    choice = choose_heads(data)
     monkeypatch.setattr(related, "WEIGHTS", ((1.0, 0.0),))
-    found = with_neighbors(choice, pairs, np.arange(60), None)
+    found = with_neighbors(choice, data)
     assert 0.35 < found.outcome.percentile(np.arange(60)).value < 0.65

@@ -8,16 +8,11 @@ import scipy.linalg
 import torch
 from sklearn.linear_model import Ridge
 
-from declip.closed_form import solve
-from declip.closed_form.solve import (
-    DEFAULT_FORM,
-    ClassPairs,
-    Form,
-    Pairs,
-    fit_heads,
-    regression_rows,
-    split_product,
-)
+from declip.closed_form import regression, solve
+from declip.closed_form.heads import fit_heads, regression_heads
+from declip.closed_form.pairs import ClassPairs, Pairs
+from declip.closed_form.regression import RegressionRows, moments, regression_rows
+from declip.closed_form.solve import DEFAULT_FORM, Form, split_product
 from pair_features import class_pairs, features, pairs_of
 
 
@@ -78,9 +73,9 @@ def test_heads_are_those_of_scikit_learn_and_plain_algebra(method, ridge):
     if method == "pulled":
         images = images[:, :7] + texts  # embeddings in one space
     weights = torch.linspace(0.5, 2.0, 40, dtype=torch.float64)
-    x, direction = solve.centered(images, weights @ images)
-    rows = solve.RegressionRows(x, texts, torch.arange(40), weights, direction)
-    (heads,) = solve.closed_form_heads(rows, (Form(method, ridge),))
+    x, direction = regression.centered(images, weights @ images)
+    rows = RegressionRows(x, texts, torch.arange(40), weights, direction)
+    heads = regression_heads(rows, Form(method, ridge))
     x = centered(images, weights)
     y = centered(texts, weights)
     share = (weights / weights.sum()).numpy()[:, None]
@@ -96,7 +91,7 @@ def test_heads_are_those_of_scikit_learn_and_plain_algebra(method, ridge):
 @pytest.mark.parametrize("method", ["ridge", "cca"])
 def test_class_posteriors_are_features_too(method, count):
     pairs, classes = pairs_of(8), class_pairs(count)
-    (heads,) = fit_heads(pairs, classes, 0.5, (Form(method, 0.3),))
+    heads = fit_heads(pairs, classes, 0.5, Form(method, 0.3))
     direction = (10 * classes.mean + pairs.images.sum(dim=0)).numpy()
     direction /= np.linalg.norm(direction)
 
@@ -148,7 +143,7 @@ def test_an_image_counts_once_however_many_captions_it_has():
     once = Pairs(images, texts, torch.arange(30))
     owners = torch.cat([torch.arange(30), torch.zeros(3, dtype=torch.int64)])
     thrice = Pairs(images, torch.cat([texts, texts[:1].expand(3, -1)]), owners)
-    (first,), (second,) = (fit_heads(pairs, None, 0.0, (DEFAULT_FORM,)) for pairs in (once, thrice))
+    first, second = (fit_heads(pairs, None, 0.0, DEFAULT_FORM) for pairs in (once, thrice))
     torch.testing.assert_close(first.image.mT @ first.text, second.image.mT @ second.text)
 
 
@@ -163,7 +158,7 @@ def test_a_class_counts_once_however_many_texts_it_has():
 
 def test_directions_of_the_means_are_ignored():
     pairs = pairs_of(50)
-    (heads,) = fit_heads(pairs, None, 0.0, (DEFAULT_FORM,))
+    heads = fit_heads(pairs, None, 0.0, DEFAULT_FORM)
     for head, side in ((heads.image, pairs.images), (heads.text, pairs.texts)):
         assert float((head @ side.mean(dim=0)).norm() / head.norm()) < 1e-12
 
@@ -174,8 +169,8 @@ def test_a_ridge_refers_to_all_directions_of_features_with_fewer_columns():
     basis = torch.linalg.qr(images.mT).Q
     products = []
     for x, widths in ((images, None), (images @ basis, (12, 7))):
-        moments = solve.moments(x, texts, torch.arange(6), torch.ones(6).double())
-        axes, maps = solve.solve(moments, (DEFAULT_FORM,), widths)
+        known = moments(x, texts, torch.arange(6), torch.ones(6).double())
+        axes, maps = solve.solve(known, (DEFAULT_FORM,), widths)
         left, right = (
             side @ own @ head.mT for side, own, head in zip((x, texts), axes, maps[0], strict=True)
         )
@@ -187,7 +182,7 @@ def test_a_ridge_refers_to_all_directions_of_features_with_fewer_columns():
 @pytest.mark.parametrize("features", [torch.ones, torch.eye])
 def test_features_without_variance_give_finite_heads(features):
     pairs = Pairs(features(1, 12).expand(5, -1), features(1, 7).expand(5, -1), torch.arange(5))
-    (heads,) = fit_heads(pairs, None, 0.0, (DEFAULT_FORM,))
+    heads = fit_heads(pairs, None, 0.0, DEFAULT_FORM)
     assert bool(heads.image.isfinite().all() and heads.text.isfinite().all())
 
 
@@ -196,7 +191,7 @@ def test_a_common_vector_of_the_classifier_changes_nothing():
     moved = classes._replace(rows=classes.rows + torch.linspace(-3, 3, 12, dtype=torch.float64))
     products = []
     for each in (classes, moved):
-        (heads,) = fit_heads(pairs, each, 1.0, (DEFAULT_FORM,))
+        heads = fit_heads(pairs, each, 1.0, DEFAULT_FORM)
         products.append(heads.image.mT @ heads.text)
     torch.testing.assert_close(*products)
 
@@ -204,7 +199,7 @@ def test_a_common_vector_of_the_classifier_changes_nothing():
 @pytest.mark.parametrize("form", [Form("ridge", 0.1), Form("cca", 3.0), Form("pulled", 10.0)])
 def test_one_form_by_cholesky_factors_is_that_of_several_by_axes(form):
     sides = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    known = solve.moments(*sides, torch.arange(9), torch.linspace(0.1, 1, 9, dtype=torch.float64))
+    known = moments(*sides, torch.arange(9), torch.linspace(0.1, 1, 9, dtype=torch.float64))
     (x_axes, y_axes), ((left, right),) = solve.solve(known, (form,))
     one = solve.solve_one(known, form)
     for axes, found, single in ((x_axes, left, one[0]), (y_axes, right, one[1])):

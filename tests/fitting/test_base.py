@@ -6,7 +6,7 @@ from PIL import Image
 
 import declip
 from conftest import TINY
-from declip.closed_form.solve import Heads
+from declip.closed_form.heads import Heads
 from declip.data.images.decode import LazyJpeg
 from declip.data.sources.open import open_source
 from declip.evaluation.encode import encode_source

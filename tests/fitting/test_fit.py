@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import in_processes, refuses, texture
+from declip.closed_form.heads import Heads, fit_heads
+from declip.closed_form.pairs import ClassPairs, Pairs
 from declip.closed_form.related import known_pairs
-from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Form, Heads, Pairs, fit_heads
+from declip.closed_form.solve import DEFAULT_FORM, Form
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import Subset
 from declip.fitting.adapted import Adapted
@@ -121,7 +123,7 @@ def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
         texts = model.text_tower.pool(model.tokenize([each for pair in captions for each in pair]))
     known = run.cross_validation
     pairs = Pairs(seen, texts, torch.arange(COUNT).repeat_interleave(2))
-    (heads,) = fit_heads(pairs, None, 0.0, (Form(known["method"], known["ridge"]),))
+    heads = fit_heads(pairs, None, 0.0, Form(known["method"], known["ridge"]))
     expected = heads.similarities(images.double(), texts.double()).float() * known["logit_scale"]
     torch.testing.assert_close(cosines(run.folder, folder), expected, rtol=0, atol=1e-3)
     assert (known["pairs"], known["captions"], known["classes"], known["candidates"]) == (
@@ -376,7 +378,7 @@ def test_heads_with_neighbors_are_compared_with_the_start_which_stays_otherwise(
     seen, known = [], {}
     for better in (True, False):
         compare = lambda outcome, *_, better=better: seen.append(outcome) or better  # noqa: E731
-        monkeypatch.setattr("declip.closed_form.heads.beats", compare)
+        monkeypatch.setattr("declip.closed_form.choice.beats", compare)
         out = tmp_path / str(better)
         run = declip.finetune(folder / "pairs.csv", start_of(folder, tmp_path), keys, out)
         known[better] = run.cross_validation
@@ -416,7 +418,7 @@ def test_a_saved_model_computes_posteriors_as_the_heads_that_were_fitted(folder,
     few = Pairs(pairs.images[:10], pairs.texts[:20], pairs.owners[:20])
     rows = tower["head.weight"]
     classes = ClassPairs(rows, texts, torch.arange(4), torch.zeros(rows.shape[1]))
-    (heads,) = fit_heads(few, classes, 1.0, (DEFAULT_FORM,))
+    heads = fit_heads(few, classes, 1.0, DEFAULT_FORM)
     heads = heads._replace(neighbors=known_pairs(few, classes))  # all their dimensions
     expected = heads.similarities(pairs.images.double(), pairs.texts.double()).float()
     known = run.cross_validation
@@ -444,7 +446,7 @@ def test_features_are_computed_in_the_precision_of_the_recipe(run, folder, tmp_p
     differences = []
     for precision in (torch.bfloat16, torch.float32):
         pairs, _ = pooled(run.folder, folder, precision)
-        (heads,) = fit_heads(pairs, None, 0.0, (form,))
+        heads = fit_heads(pairs, None, 0.0, form)
         expected = heads.similarities(exact.images.double(), exact.texts.double())
         differences.append(float((found - expected).abs().mean()))
     assert differences[0] < 0.2 * differences[1]
@@ -455,8 +457,8 @@ def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(
     run, folder, tmp_path, monkeypatch
 ):
     # Another candidate than the start
-    monkeypatch.setattr("declip.closed_form.heads.START_CAUTION", -9.0)
-    monkeypatch.setattr("declip.closed_form.heads.beats", lambda *_: True)
+    monkeypatch.setattr("declip.closed_form.choice.START_CAUTION", -9.0)
+    monkeypatch.setattr("declip.closed_form.choice.beats", lambda *_: True)
     rows = (folder / "pairs.csv").read_text().splitlines()
     words = [row.split(",", 1)[1] for row in rows[1:]]
     others = [

@@ -10,7 +10,7 @@ from PIL import Image
 import declip
 from conftest import refuses
 from declip.closed_form.folds import assign_folds
-from declip.closed_form.heads import FOLDS
+from declip.closed_form.pairs import FOLDS
 from declip.data.images.thumbnails import Thumbnail
 from declip.data.pair import Pair, PairSource
 from declip.fitting.shown import OUTCOMES, SHOWN_QUERIES, compared_queries
@@ -79,11 +79,12 @@ def test_the_heads_map_its_embeddings_into_one_space(fitted):
 def test_the_report_shows_what_came_first_before_and_by_a_fit_without_the_caption(fitted):
     choice, features = fitted.choice, fitted.features
     images, texts, _ = features.pairs
-    folds = assign_folds(features.groups, FOLDS, fitted.seed)
+    folds = torch.from_numpy(assign_folds(features.groups, FOLDS, fitted.seed))
+    of_folds = choice.whole.heads_of_folds(choice.form)
     first, outcomes = {}, Counter()
     for row, caption in enumerate(features.captions):
-        heads = choice.whole.heads_without(int(folds[row]), choice.form).to(images)
-        others = torch.from_numpy(folds != folds[row])
+        heads = of_folds[int(folds[row])].to(images)
+        others = folds != folds[row]
         before, now = (
             int(each.masked_fill(others, -torch.inf).argmax())
             for each in (images @ texts[row], heads.similarities(images, texts[row][None])[:, 0])

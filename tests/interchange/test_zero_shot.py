@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import declip
 from conftest import refuses, write_table
+from declip.closed_form.heads import fit_heads
+from declip.closed_form.pairs import ClassPairs, Pairs
 from declip.closed_form.related import class_neighbors
-from declip.closed_form.solve import DEFAULT_FORM, ClassPairs, Pairs, fit_heads
+from declip.closed_form.solve import DEFAULT_FORM
 from declip.interchange import starter
 from declip.interchange.classes import Classes, read_names, texts_digest
 from declip.interchange.export import export
@@ -51,7 +53,7 @@ def test_projections_compare_as_the_closed_form_does():
     nothing = Pairs(
         torch.empty(0, classes.rows.shape[1]), torch.empty(0, texts.shape[1]), torch.empty(0).long()
     )
-    (heads,) = fit_heads(nothing, pairs, 1.0, (DEFAULT_FORM,))
+    heads = fit_heads(nothing, pairs, 1.0, DEFAULT_FORM)
     features = model.encode_text(model.tokenize(classes.names))
     images = torch.nn.functional.normalize(model.image_tower.proj(classes.rows), dim=-1)
     exact = ClassPairs(classes.rows.double(), texts.double(), pairs.owners, classes.mean.double())

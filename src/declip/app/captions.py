@@ -17,8 +17,9 @@ from starlette.exceptions import HTTPException
 from declip.app.caption_table import CaptionTable, Change
 from declip.app.requests import ImageId
 from declip.app.state import AppState
-from declip.closed_form.heads import choose_heads
-from declip.closed_form.solve import Heads, Pairs
+from declip.closed_form.choice import choose_heads
+from declip.closed_form.heads import Heads
+from declip.closed_form.pairs import FitData, Pairs
 from declip.data.sources.names import resolve
 from declip.data.sources.table import TABLE_KINDS
 from declip.errors import UserError
@@ -144,7 +145,7 @@ class Captioning:
             # Images with an equal first caption stay in one fold
             firsts = [own[0] for own in known.values()]
             groups = np.unique(firsts, return_inverse=True)[1]
-            choice = choose_heads(pairs, groups, embedded=True)
+            choice = choose_heads(FitData.of(pairs, groups, one_space=True))
             # --- not a recall, which depends on the number of images
             if choice.outcome is not None and choice.start is not None:
                 start = choice.start.percentile(groups).value

@@ -6,11 +6,12 @@ from functools import partial
 from itertools import chain
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from declip.closed_form.axes import largest_directions
+from declip.closed_form.heads import Heads, raw_heads
+from declip.closed_form.pairs import FitData, Pairs
 from declip.closed_form.ranks import (
     HeldOutBlock,
     HeldOutRanks,
@@ -18,19 +19,8 @@ from declip.closed_form.ranks import (
     caption_numbers,
     score,
 )
-from declip.closed_form.solve import (
-    ClassPairs,
-    Form,
-    Heads,
-    Pairs,
-    Sides,
-    centered,
-    moments,
-    raw_heads,
-    regression_rows,
-    solve,
-    solve_one,
-)
+from declip.closed_form.regression import centered, moments, regression_rows
+from declip.closed_form.solve import Form, Sides, solve, solve_one
 from declip.io.pool import torch_threads
 
 FEW_FORMS = 3  # up to which each form has factors of its own; more share their axes
@@ -48,28 +38,19 @@ class CrossValidation:
     directions are kept.
     """
 
-    def __init__(
-        self,
-        pairs: Pairs,
-        groups: np.ndarray,
-        folds: Tensor,
-        classes: ClassPairs | None,
-        one_space: bool,
-        weight: float,
-    ) -> None:
-        # The folds (n,) keep groups (n,) together; in one space the axes of images and texts must
-        # stay the same.
-        self.pairs, self.groups, self.folds = pairs, groups, folds
+    def __init__(self, data: FitData, weight: float) -> None:
+        self.data = data
+        pairs = data.pairs
         n, m = len(pairs.images), len(pairs.texts)
-        rows = regression_rows(pairs, classes, weight, torch.float32)
+        rows = regression_rows(pairs, data.classes, weight, torch.float32)
         weights = rows.weights.float()  # (r,)
         x = rows.images  # (i, v), the first n of own images
         y = rows.texts.float()  # (r, w)
         y, y_mean = centered(y, weights @ y)
         self._to_raw = partial(raw_heads, rows.direction.float(), y_mean, rows.classifier)
-        # --- the largest directions of both sides
+        # --- the largest directions of both sides; in one space their axes must stay the same
         x_width, y_width = x.shape[1], y.shape[1]
-        if one_space:
+        if data.one_space:
             x_axes, y_axes = torch.eye(x_width), torch.eye(y_width)
         else:
             x_width = min(x_width, DIRECTIONS)
@@ -87,12 +68,13 @@ class CrossValidation:
 
     def ranks(self, forms: tuple[Form, ...], fitted: Tensor | None = None) -> list[HeldOutRanks]:
         """Ranks of all pairs by each form, with heads fitted to some (n,) bool, or to all."""
-        usable = torch.ones(len(self.folds), dtype=torch.bool) if fitted is None else fitted
+        folds = self.data.folds
+        usable = torch.ones(len(folds), dtype=torch.bool) if fitted is None else fitted
         images, texts, owners = self._centered
 
         def rank_fold(fold: int) -> list[list[tuple[HeldOutBlock, HeldOutRanks]]]:
             """Ranks of a fold's blocks, of each by all forms."""
-            held_out = self.folds == fold
+            held_out = folds == fold
             (x_axes, y_axes), maps = self._solve(~held_out & usable, forms)
             ranked = []
             for block in blocks(held_out.nonzero().flatten(), owners, self._numbers):
@@ -105,13 +87,17 @@ class CrossValidation:
                 ranked.append(of_forms)
             return ranked
 
-        of_folds = in_threads(rank_fold, self.folds.unique().tolist())
+        of_folds = in_threads(rank_fold, folds.unique().tolist())
         of_blocks = chain.from_iterable(of_folds)
-        return [HeldOutRanks.join(self.pairs, parts) for parts in zip(*of_blocks, strict=True)]
+        return [HeldOutRanks.join(self.data.pairs, parts) for parts in zip(*of_blocks, strict=True)]
 
-    def heads_without(self, fold: int, form: Form) -> Heads:
-        """The heads that rank the pairs of a fold, for features that are not centered."""
-        (x_axes, y_axes), ((left, right),) = self._solve(self.folds != fold, (form,))
+    def heads_of_folds(self, form: Form) -> dict[int, Heads]:
+        """The heads that rank the pairs of each fold, for features that are not centered."""
+        folds = self.data.folds
+        return {fold: self._heads_of(folds != fold, form) for fold in folds.unique().tolist()}
+
+    def _heads_of(self, fitted: Tensor, form: Form) -> Heads:
+        (x_axes, y_axes), ((left, right),) = self._solve(fitted, (form,))
         x_base, y_base = self._bases
         image = left @ x_axes.mT @ x_base.mT
         text = right @ y_axes.mT @ y_base.mT
@@ -122,10 +108,10 @@ class CrossValidation:
         images, texts, owners = self._centered
         kept = fitted[owners]  # (m,)
         own = moments(images, texts[kept], owners[kept], self._weights[kept])
-        known = tuple(map(torch.add, own, self._classes))
+        known = own.plus(self._classes)
         if len(forms) > FEW_FORMS:
             return solve(known, forms, self._widths)
-        x_width, y_width = known[2].shape
+        x_width, y_width = known.crossed.shape
         maps = [solve_one(known, form, self._widths) for form in forms]
         return (torch.eye(x_width), torch.eye(y_width)), maps
 

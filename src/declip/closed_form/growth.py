@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from declip.closed_form.choice import Choice
 from declip.closed_form.estimates import Estimate, effective_groups
-from declip.closed_form.heads import Choice
 from declip.closed_form.ranks import HeldOutRanks
-from declip.closed_form.solve import START, Form
+from declip.closed_form.solve import Form
 
 PARTS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 MORE_RIDGE = (1.0, 3.0, 10.0)  # times the ridge of all pairs: fewer pairs need more
@@ -31,17 +31,18 @@ class Growth(NamedTuple):
         return {"pairs": self.pairs, "measured": measured}
 
 
-def growth(choice: Choice, count: int, seed: int = 0) -> Growth:
-    """The curve of a choice that was made for `count` images."""
-    validation = choice.validation
-    if choice.form == START or validation is None:
+def growth(choice: Choice) -> Growth:
+    """The curve of a choice."""
+    validation, whole = choice.validation, choice.whole
+    if validation is None or whole is None or choice.outcome is None:  # the start, or too few
         return Growth([], [])
-    groups = validation.groups
+    count = len(whole.data.groups)
+    groups = validation.data.groups
     names, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if effective_groups(sizes) < FEWEST:
         return Growth([], [])
     # --- the share of images before the middle of each group, in random order
-    order = np.random.default_rng(seed).permutation(len(names))
+    order = np.random.default_rng(validation.data.seed).permutation(len(names))
     shuffled = sizes[order]
     middle = np.empty(len(names))
     middle[order] = (shuffled.cumsum() - shuffled / 2) / sizes.sum()
@@ -54,7 +55,7 @@ def growth(choice: Choice, count: int, seed: int = 0) -> Growth:
         fitted = torch.from_numpy(middle[members] <= part)
         if part < 1:
             tried = validation.ranks(forms, fitted)
-        elif len(groups) == count and choice.outcome is not None:  # the same as was chosen
+        elif whole is validation:  # the same as was chosen
             tried = [choice.outcome]
         else:
             tried = validation.ranks(forms[:1], fitted)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from declip.closed_form.estimates import Estimate, group_mean, jackknife
-from declip.closed_form.solve import Heads, Pairs
+from declip.closed_form.heads import Heads
+from declip.closed_form.pairs import Pairs
 
 BLOCK = 1_000  # images that compete: the time grows with their number, not its square
 SCALES = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)  # candidates for the logit scale

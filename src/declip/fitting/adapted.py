@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from declip.closed_form.solve import Heads
+from declip.closed_form.heads import Heads
 from declip.data.pair import PairSource
 from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError

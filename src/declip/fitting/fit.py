@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from declip.closed_form.choice import Choice, choose_heads
 from declip.closed_form.estimates import group_mean
 from declip.closed_form.growth import growth
-from declip.closed_form.heads import Choice, choose_heads
+from declip.closed_form.heads import Heads
 from declip.closed_form.mixing import mixed_choices
+from declip.closed_form.pairs import ClassPairs, FitData
 from declip.closed_form.ranks import HeldOutRanks
 from declip.closed_form.related import choose_neighbors
-from declip.closed_form.solve import START, ClassPairs, Heads
+from declip.closed_form.solve import START
 from declip.data.pair import PairSource
 from declip.data.sources.open import open_source
 from declip.data.sources.python_items import Items
@@ -68,7 +70,7 @@ class Fitted:
         """The measure with an eighth, a quarter, half and all of the pairs; see `growth`."""
         if self.choice.outcome is None:
             return {}
-        return growth(self.linear, len(self.features.pairs.images), self.seed).to_dict()
+        return growth(self.linear).to_dict()
 
     def ranks(self) -> list[tuple[int, str, float]]:
         """The out-of-fold rank of each caption, 0 best and 1 worst, the worst first.
@@ -157,14 +159,15 @@ def fit(
     source = open_source(pairs)
     base = encoder if isinstance(encoder, EncoderBase) else base_of(encoder)
     features = read_features(source, base, max_broken, progress)
-    known, groups = features.pairs, features.groups
+    known = features.pairs
     if known.images.shape[1] != known.texts.shape[1]:
         base.projected = False  # two spaces: there is no start that could be improved
     projected = base.projected
-    linear = choose_heads(known, groups, classes, seed, projected, start, keep_start=projected)
+    data = FitData.of(known, features.groups, classes, one_space=projected, seed=seed)
+    linear = choose_heads(data, start, keep_start=projected)
     choice = linear
     if not projected:  # trained projections lose up to 10 points with the neighbors of 31 pairs
-        choice = choose_neighbors(linear, known, groups, classes, seed)
+        choice = choose_neighbors(linear, data)
     if choice.form == START:
         linear = choice
     count = 0 if classes is None else len(classes.rows)

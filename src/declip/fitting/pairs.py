@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from declip.closed_form.solve import Pairs
+from declip.closed_form.pairs import Pairs
 from declip.data.images.preprocess import Preprocess
 from declip.data.pair import PairSource, SkipCounter
 from declip.evaluation.encode import encode_batches

@@ -9,8 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from declip.closed_form.heads import FEWEST
-from declip.closed_form.solve import START, ClassPairs, Heads
+from declip.closed_form.choice import FEWEST
+from declip.closed_form.heads import Heads
+from declip.closed_form.pairs import ClassPairs
+from declip.closed_form.solve import START
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
 from declip.data.sources.checks import caption_warnings, described, refuse_broken

@@ -24,16 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from declip.closed_form.heads import Heads, fit_heads
 from declip.closed_form.neighbors import Neighbors, Side
+from declip.closed_form.pairs import ClassPairs, Pairs
+from declip.closed_form.regression import PosteriorFeatures
 from declip.closed_form.related import class_neighbors
-from declip.closed_form.solve import (
-    DEFAULT_FORM,
-    ClassPairs,
-    Heads,
-    Pairs,
-    PosteriorFeatures,
-    fit_heads,
-)
+from declip.closed_form.solve import DEFAULT_FORM
 from declip.errors import UserError, unknown
 from declip.interchange.classes import Classes
 from declip.interchange.weights import Weights, read_tensors, unwrapped
@@ -277,7 +273,7 @@ def class_heads(classes: Classes, texts: Tensor) -> dict[str, Tensor]:
     no_images = torch.empty(0, classes.rows.shape[1])
     no_texts = torch.empty(0, texts.shape[1])
     nothing = Pairs(no_images, no_texts, torch.empty(0).long())
-    (heads,) = fit_heads(nothing, pairs, 1.0, (DEFAULT_FORM,))
+    heads = fit_heads(nothing, pairs, 1.0, DEFAULT_FORM)
     axes = normalize(heads.text, dim=1).mT  # (w, k)
     sides = []
     for head in (heads.image, heads.text):

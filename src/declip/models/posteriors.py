@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from declip.closed_form.solve import PosteriorFeatures, without
+from declip.closed_form.regression import PosteriorFeatures, without
 
 
 class PosteriorProjection(nn.Module):

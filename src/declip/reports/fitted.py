@@ -6,7 +6,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from declip.closed_form.heads import FEWEST
+from declip.closed_form.choice import FEWEST
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.results import short_names
 from declip.io.atomic import write_text
