@@ -2,14 +2,13 @@
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 
 from declip.evaluation.held_out import HeldOutSets
+from declip.fitting.run import ALPHAS, best_mixture
 from declip.interchange.run_folder import read_checkpoint
 from declip.io.atomic import atomic_write, save_tensors, write_text
 from declip.models.device import pick_device
@@ -18,15 +17,7 @@ from declip.models.encoder import Encoder
 from declip.recipe.schema import Evaluation
 from declip.runs import folder as run_folder
 from declip.runs.checkpoint import with_prefix
-from declip.runs.folder import log
 from declip.training.pretrained import load_pretrained
-
-ALPHAS = (
-    1.0,
-    0.75,
-    0.5,
-    0.25,
-)  # fractions of the fine-tuned weights that are tried; of equal ones the first is taken
 
 
 def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncoder:
@@ -62,14 +53,15 @@ def mix_with_start(
     if "alpha" in run.mixture:
         return None
     start, end = ends_of(folder)
-    mixture = best_mixture(
-        lambda alpha: set_scores(
-            interpolate(start, end, alpha), run.recipe.evaluation, progress, held_out
-        )
-    )
+    scores = {}
+    for alpha in ALPHAS:
+        mixed = interpolate(start, end, alpha)
+        scores[alpha] = set_scores(mixed, run.recipe.evaluation, progress, held_out)
+    mixture = best_mixture(scores)
     best = mixture["alpha"]
-    mixed = interpolate(start, end, best) if best < 1 else None
-    if mixed is not None:
+    kept: DualEncoder | None = None
+    if best < 1:
+        kept = mixed = interpolate(start, end, best)
         with atomic_write(folder / run_folder.MIXED) as temporary:
             save_tensors(with_prefix("model", mixed.state_dict()), temporary)
         for result in held_out.measure(
@@ -79,7 +71,7 @@ def mix_with_start(
             run_folder.append_row(folder / run_folder.EVALUATIONS, row)
     # Written last: a run that is stopped before chooses again.
     write_text(folder / run_folder.MIXTURE, json.dumps(mixture, indent=1))
-    return mixed
+    return kept
 
 
 def set_scores(
@@ -92,11 +84,3 @@ def set_scores(
         for name, protocols in tasks.items()
     }
     return {name: fmean(result.headline.value for result in each) for name, each in results.items()}
-
-
-def best_mixture(scores_of: Callable[[float], dict[str, float]]) -> dict[str, Any]:
-    """The "alpha" of `ALPHAS` with the highest mean of its scores, a number for each set, and the "scores" of all."""
-    scores = {alpha: scores_of(alpha) for alpha in ALPHAS}
-    best = max(ALPHAS, key=lambda alpha: fmean(scores[alpha].values()))
-    log.info("Mixture with the start (WiSE-FT): %g of the fine-tuned weights is best.", best)
-    return {"alpha": best, "scores": scores}

@@ -49,7 +49,7 @@ from declip.runs.fitted import (
     write_table,
 )
 
-ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of the fitted heads that are tried
+ALPHAS = (1.0, 0.75, 0.5, 0.25)  # fractions of fitted weights, the rest of their start
 LEFT_OUT = "left-out pairs"  # the set of cross-validation in the scores of a mixture
 
 log = logging.getLogger("declip")
@@ -101,7 +101,8 @@ def run_fit(task: FitTask, folder: Path) -> FittedRun:
         before = _evaluate(fitted.start, tasks, task)
         mixtures = fitted.mixtures(ALPHAS)
         if len(mixtures) > 1:
-            mixture = _best_mixture(mixtures, task)
+            scores = {alpha: _scores(mixed, task) for alpha, mixed in mixtures.items()}
+            mixture = best_mixture(scores)
             fitted = mixtures[mixture["alpha"]]
             known = fitted.measures()
         elif fitted.choice.form != START:
@@ -181,11 +182,13 @@ def _evaluate(model: Adapted, tasks: Mapping[str, list[str]], task: FitTask) -> 
     return list(task.held_out.measure(model, dict(tasks), task.progress))
 
 
-def _best_mixture(mixtures: Mapping[float, Fitted], task: FitTask) -> dict[str, Any]:
-    """The "alpha" with the highest mean of its scores, a number for each set, and all "scores"."""
-    scores = {alpha: _scores(fitted, task) for alpha, fitted in mixtures.items()}
+def best_mixture(scores: Mapping[float, Mapping[str, float]]) -> dict[str, Any]:
+    """The "alpha" with the highest mean of its scores, a number for each set, and all "scores".
+
+    Of equal ones the first.
+    """
     best = max(scores, key=lambda alpha: fmean(scores[alpha].values()))
-    log.info("Mixture with the start (WiSE-FT): %g of the fitted heads is best.", best)
+    log.info("Mixture with the start (WiSE-FT): %g of the fitted weights is best.", best)
     return {"alpha": best, "scores": scores}
 
 
