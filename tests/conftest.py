@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,16 @@ def pytest_collection_finish():
 def pytest_unconfigure():
     gc.collect()
     gc.freeze()  # pytest looks for garbage five times at the end
+
+
+class Lazy:
+    """A package that is imported at its first use: many take a second, and each process collects all tests."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, attribute):
+        return getattr(import_module(self.name), attribute)
 
 
 def tiny_tree(source, losses="clip", **sections):

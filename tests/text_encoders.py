@@ -2,14 +2,14 @@
 
 import json
 
-import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 
-from conftest import TINY, WEIGHTS
+from conftest import TINY, WEIGHTS, Lazy
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 
+transformers = Lazy("transformers")
 CAPTIONS = (
     "a red circle",
     "Square painted in Blue on white paper!",
@@ -29,8 +29,6 @@ OFFSET = 2  # RoBERTa's first position
 
 def bert(folder, context=24, model="BertForMaskedLM", **config):
     """An uncased BERT over letters and a few words, as older repositories hold it: vocab.txt without tokenizer.json."""
-    transformers = pytest.importorskip("transformers")
-
     letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
     words = [
         "red",
@@ -63,8 +61,6 @@ def bert(folder, context=24, model="BertForMaskedLM", **config):
 
 
 def distilbert(folder, context=24):
-    transformers = pytest.importorskip("transformers")
-
     bert(folder)
     known = json.loads((folder / "config.json").read_text())["vocab_size"]
     sizes = {
@@ -84,8 +80,6 @@ def distilbert(folder, context=24):
 
 def roberta(folder, context=24, kind="Roberta", **config):
     """A cased RoBERTa over bytes and some merges; it pads with 1 and its words begin at 4."""
-    transformers = pytest.importorskip("transformers")
-
     trained = ByteLevelBPETokenizer()
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     trained.train_from_iterator(

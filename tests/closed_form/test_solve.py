@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from sklearn.linear_model import Ridge
 
+from conftest import Lazy
 from declip.closed_form import regression, solve
 from declip.closed_form.heads import fit_heads, regression_heads
 from declip.closed_form.pairs import ClassPairs, Pairs
 from declip.closed_form.regression import RegressionRows, moments, regression_rows
 from declip.closed_form.solve import DEFAULT_FORM, Form, split_product
 from pair_features import class_pairs, features, pairs_of
+
+linear_model = Lazy("sklearn.linear_model")
 
 
 def centered(side, weights):
@@ -34,7 +36,7 @@ def plain_ridge(x, y, share, ridge):
         # scikit-learn sums over rows: ε times the mean eigenvalue of the weighted covariance, trace / width.
         alpha = ridge * np.trace((source * share).T @ source) / source.shape[1]
         return (
-            Ridge(alpha=alpha, fit_intercept=False)
+            linear_model.Ridge(alpha=alpha, fit_intercept=False)
             .fit(source, target, sample_weight=share[:, 0])
             .coef_.T
         )

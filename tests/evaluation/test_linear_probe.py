@@ -6,21 +6,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 
-from conftest import refuses
+from conftest import Lazy, refuses
 from declip.evaluation.linear_probe import Labeled, LogisticProblem, sweep
 from declip.evaluation.results import by_class, sample_per_class, score
 from evaluation.conftest import probe
 
+datasets, linear_model = Lazy("sklearn.datasets"), Lazy("sklearn.linear_model")
 STEPS = {10 ** (step / 8): step for step in range(-48, 49)}
 
 
 @pytest.fixture(scope="module")
 def data():
     """Real images of digits at 4 x 4 pixels, so that the probe has something to get wrong."""
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = datasets.load_digits(return_X_y=True)
     small = pixels.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16) / 8
     rows = Labeled(torch.tensor(small, dtype=torch.float32), torch.tensor(labels))
     return {
@@ -86,7 +85,7 @@ def test_the_probe_is_scikit_learns_on_train_and_validation(data, result):
         torch.cat(parts).double().numpy()
         for parts in zip(data["train"], data["validation"], strict=True)
     )
-    theirs = LogisticRegression(C=result.C, max_iter=20_000, tol=1e-8).fit(*both)
+    theirs = linear_model.LogisticRegression(C=result.C, max_iter=20_000, tol=1e-8).fit(*both)
     predicted, labels = theirs.predict(data["test"].features.numpy()), data["test"].labels.numpy()
     assert result.top1 == pytest.approx((predicted == labels).mean())
     own = [(predicted[labels == c] == c).mean() for c in range(10)]
@@ -129,7 +128,7 @@ def test_scores_and_samples_by_class():
 @pytest.fixture(scope="module")
 def digits():
     """Real images of digits, 64 pixels each, brought to about unit size; 600 of them."""
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = datasets.load_digits(return_X_y=True)
     return torch.tensor(pixels[:600] / 8, dtype=torch.float32), torch.tensor(labels[:600])
 
 
@@ -137,7 +136,7 @@ def digits():
 def test_the_minimum_is_scikit_learns_whatever_the_block(digits, monkeypatch, C, block):
     monkeypatch.setattr("declip.evaluation.linear_probe.BLOCK", block)
     features, labels = digits
-    theirs = LogisticRegression(C=C, max_iter=20_000, tol=1e-8).fit(
+    theirs = linear_model.LogisticRegression(C=C, max_iter=20_000, tol=1e-8).fit(
         features.double().numpy(), labels.numpy()
     )
     ours = LogisticProblem(features.double(), labels).fit(C, tolerance=1e-14)

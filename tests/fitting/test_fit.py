@@ -37,8 +37,6 @@ from declip.runs.fitted import HEADS, FittedRun
 from interchange.towers import add_neighbors
 from text_encoders import bert
 
-pytest.importorskip("transformers")
-
 COUNT = 40
 TRAINED = {"train.steps": 2, "train.batch_size": 8, "train.report_to": []}
 GROUPED = {"data.columns.group": "product"}

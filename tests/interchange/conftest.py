@@ -4,24 +4,25 @@ import json
 import shutil
 from functools import cache
 
-import open_clip
 import pytest
 import torch
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from conftest import once
+from conftest import Lazy, once
 from declip.interchange.timm_weights import complete
 from interchange.families import CONFIGS
 from interchange.towers import PIXELS, VIT, add_neighbors, build, export_exactly, unprojected
 from text_encoders import roberta
 
+open_clip = Lazy("open_clip")
 ONE_BLOCK = {"image.model_kwargs": {**VIT["image.model_kwargs"], "depth": 1}, "text.layers": 1}
 """Keys of smaller towers: the exporter of ONNX takes a second for each block."""
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def one_registry():
     """Collect the operators of ONNX once; torch does so for a second at each export."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib))
@@ -30,7 +31,7 @@ def one_registry():
 
 
 @pytest.fixture(scope="session")
-def onnx_clip(tmp_path_factory):
+def onnx_clip(one_registry, tmp_path_factory):
     """A model whose text projection has a bias, and its folder."""
     model = build("vit-bias", **ONE_BLOCK, **PIXELS)
     folder = once(
@@ -40,7 +41,7 @@ def onnx_clip(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def onnx_roberta(tmp_path_factory):
+def onnx_roberta(one_registry, tmp_path_factory):
     """A model with class posteriors, neighbors and a text encoder of transformers, and its folder.
 
     That of the encoder is gone.

@@ -4,16 +4,17 @@ import copy
 import json
 import shutil
 
-import open_clip
 import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import register_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+from conftest import Lazy
 from interchange import towers
 from text_encoders import bert, roberta
 
+open_clip = Lazy("open_clip")
 CAPTIONS = [
     "a red circle",
     "Square painted in BLUE on white_paper!",

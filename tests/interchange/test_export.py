@@ -9,23 +9,23 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import transformers
 import yaml
 from safetensors.torch import load_file
 
 import declip
-from conftest import refuses
+from conftest import Lazy, refuses
 from declip.interchange.declip_file import FILE, DeclipFile
 from declip.interchange.export import FORMATS
 from declip.models.wrapped import WrappedImageTower
 from interchange.towers import CAPTIONS, EXACT, build, export_exactly, largest, pictures
-from text_encoders import bert, distilbert, roberta
+from text_encoders import bert, distilbert, roberta, transformers
 from training.starts import recipe_for, trainer_of
+
+open_clip = Lazy("open_clip")
 
 
 def run_card(folder, monkeypatch, capfd):

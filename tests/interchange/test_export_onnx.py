@@ -4,18 +4,18 @@ import json
 import re
 from unittest.mock import Mock
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
 import declip
-from conftest import refuses
+from conftest import Lazy, refuses
 from declip.models.posteriors import PosteriorProjection
 from interchange.test_export import run_card, same_until_the_end
 from interchange.towers import CAPTIONS, EXACT, TYPED, build, largest, pictures
+
+onnx, onnxruntime = Lazy("onnx"), Lazy("onnxruntime")
 
 
 def test_onnxruntime_gives_our_features_at_any_batch_and_length(onnx_clip):

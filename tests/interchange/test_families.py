@@ -91,7 +91,7 @@ def test_features_equal_the_librarys_and_the_export_goes_back(family, open_famil
     torch.testing.assert_close(again.preprocess(pictures()[1:4]), pixels, atol=0, rtol=0)
 
 
-def test_onnx_gives_the_same_features(open_family, tmp_path):
+def test_onnx_gives_the_same_features(open_family, one_registry, tmp_path):
     model = open_family("siglip2")[0].build().eval()
     # The exporter takes a second for each block.
     del model.image_tower.trunk.trunk.blocks[1:], model.text_tower.trunk.transformer.resblocks[1:]

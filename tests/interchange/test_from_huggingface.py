@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 import declip
@@ -15,6 +14,7 @@ from declip.data.text.tokenizer import Tokenizer, clean
 from declip.interchange.layouts import backend
 from interchange.test_export import features, same_until_the_end
 from interchange.towers import CAPTIONS, EXACT, build, largest, pictures, spread
+from text_encoders import transformers
 
 
 def their_folder(out):

@@ -7,14 +7,12 @@ import shutil
 import socket
 import sys
 
-import open_clip
 import pytest
 import torch
 from huggingface_hub import constants
-from open_clip import factory, pretrained
 
 import declip
-from conftest import refuses
+from conftest import Lazy, refuses
 from declip.api import train
 from declip.finetuning.wise_ft import ends_of
 from declip.interchange import layouts
@@ -32,6 +30,7 @@ from interchange.families import (
 )
 from training.starts import resumes_exactly, tuned
 
+open_clip = Lazy("open_clip")
 pytestmark = pytest.mark.usefixtures("open_clip_configs")
 
 
@@ -77,7 +76,7 @@ def test_a_clip_whose_features_differ_keeps_open_clips_modules(
 ):
     config = copy.deepcopy(CONFIGS[name])
     config[section] |= change
-    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-other", config)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-other", config)
     theirs = random_model("tiny-other")
     model = declip.load(
         f"open_clip:tiny-other/{weights_file(theirs, tmp_path / 'weights.pt')}", device="cpu"
@@ -108,7 +107,7 @@ def test_interpolation_is_open_clips_in_evaluation_and_training(interpolation, t
 def test_captions_that_would_be_read_otherwise_are_refused(tmp_path, monkeypatch):
     config = copy.deepcopy(CONFIGS["tiny-vit"])
     config["text_cfg"]["tokenizer_kwargs"] = {"clean": "whitespace"}  # CLIP's words with capitals
-    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-capitals", config)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-capitals", config)
     file = weights_file(random_model("tiny-capitals"), tmp_path / "weights.pt")
     refuses("features of captions differ", declip.load, f"open_clip:tiny-capitals/{file}")
 
@@ -144,7 +143,9 @@ def test_tensors_of_another_model_are_refused(tmp_path, change, said):
 
 def test_a_tag_brings_its_preparation_and_activation(tmp_path, monkeypatch):
     config = copy.deepcopy(CONFIGS["tiny-vit"])
-    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-vit-quickgelu", config | {"quick_gelu": True})
+    monkeypatch.setitem(
+        open_clip.factory._MODEL_CONFIGS, "tiny-vit-quickgelu", config | {"quick_gelu": True}
+    )
     theirs = random_model("tiny-vit-quickgelu")
     file = str(weights_file(theirs, tmp_path / "tagged.safetensors"))
     tag = {
@@ -155,7 +156,7 @@ def test_a_tag_brings_its_preparation_and_activation(tmp_path, monkeypatch):
         "quick_gelu": True,
     }
     for name in ("tiny-vit", "tiny-vit-quickgelu"):
-        monkeypatch.setitem(pretrained._PRETRAINED, name, {"first_tag": tag})
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"first_tag": tag})
     transform = open_clip.create_model_and_transforms("tiny-vit-quickgelu", "first_tag")[2]
     pixels = torch.stack([transform(picture) for picture in pictures()])
     for given in ("tiny-vit/first_tag", "tiny-vit/First-Tag", "tiny-vit-quickgelu/first_tag"):
@@ -167,14 +168,16 @@ def test_a_tag_brings_its_preparation_and_activation(tmp_path, monkeypatch):
 
 def test_a_run_from_published_weights_keeps_no_copy_of_them(table, tmp_path, monkeypatch):
     file = weights_file(random_model("tiny-vit"), tmp_path / "tagged.safetensors")
-    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {"first_tag": {"file": str(file)}})
+    monkeypatch.setitem(
+        open_clip.pretrained._PRETRAINED, "tiny-vit", {"first_tag": {"file": str(file)}}
+    )
     recipe = tuned(table, "open_clip:tiny-vit/first_tag", {"steps": 2, "checkpoint_every": 1})
     resumes_exactly(recipe, tmp_path, step=1)
     assert not (tmp_path / "whole" / KEPT).exists()
     first, last = ends_of(tmp_path / "whole", "cpu")
     assert same(first, random_model("tiny-vit"))
     assert not same(last, random_model("tiny-vit"))
-    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {})
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-vit", {})
     shutil.rmtree(list_checkpoints(tmp_path / "parts")[-1])
     refuses(
         "first_tag",
@@ -208,7 +211,9 @@ def test_a_torchscript_archive_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch.jit, "load", lambda *_, **__: pytest.fail("torch.jit.load was called")
     )
-    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {"first_tag": {"file": str(file)}})
+    monkeypatch.setitem(
+        open_clip.pretrained._PRETRAINED, "tiny-vit", {"first_tag": {"file": str(file)}}
+    )
     for given in (f"open_clip:tiny-vit/{file}", "open_clip:tiny-vit/first_tag", str(file)):
         refuses(r"TorchScript archive.*open_clip:ViT-B-32/openai", declip.load, given)
 
@@ -249,7 +254,7 @@ def test_without_network_nothing_is_tried_again(given, tmp_path, monkeypatch, ca
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        pretrained, "hf_hub_download", lambda *_, **__: pytest.fail("a request was made")
+        "open_clip.pretrained.hf_hub_download", lambda *_, **__: pytest.fail("a request was made")
     )
     refuses(rf"'{given}'.*{address}.*builtin:lite2-minilm", declip.load, given)
     assert capfd.readouterr() == ("", "")
@@ -260,7 +265,7 @@ def test_a_file_of_a_model_that_is_published_with_another_preparation(
 ):
     file = weights_file(random_model("tiny-vit"), tmp_path / "weights.pt")
     tags = {}
-    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", tags)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-vit", tags)
     for tag, mode, warned in (("first", "squash", True), ("second", "shortest", False)):
         tags[tag] = {"resize_mode": mode}
         caplog.clear()

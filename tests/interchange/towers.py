@@ -1,11 +1,12 @@
 """What the tests of exports and imports share: small models of each kind, real pictures of odd sizes, captions."""
 
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch.nn.functional import normalize
 
 import declip
@@ -140,7 +141,10 @@ def pictures():
 
 @cache
 def _pictures():
-    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    sklearn = Path(find_spec("sklearn").origin).parent  # not imported, which takes a second
+    photographs = [
+        Image.open(sklearn / "datasets/images" / name) for name in ("china.jpg", "flower.jpg")
+    ]
     noise = np.random.default_rng(3).integers(0, 256, (51, 90, 3), np.uint8)
     return [
         *photographs,

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-import transformers
 
 from conftest import refuses
 from declip.models.dual_encoder import DualEncoder
@@ -16,7 +15,7 @@ from declip.models.text_tower import encode_by_length
 from declip.models.wrapped import encoder_kept_in
 from declip.supervision.objective import Objective
 from declip.training.optimizer import decays
-from text_encoders import CAPTIONS, bert, distilbert, model_of, roberta
+from text_encoders import CAPTIONS, bert, distilbert, model_of, roberta, transformers
 
 KINDS = {
     "bert": bert,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
+from conftest import Lazy
 from data.images.test_crops import MEAN, STD, applied, colors, sampled, transform
 from declip.data.images import fused_views
 from declip.models.dual_encoder import DualEncoder
@@ -13,6 +13,7 @@ from declip.training.parallel import compile_blocks
 from declip.training.trainer import Trainer
 from training.starts import CONV, VIT, recipe_for
 
+testing = Lazy("torch._dynamo.testing")
 # the tracer looks at the gradient of every tensor
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:
 @pytest.fixture
 def counter():
     torch._dynamo.reset()
-    yield CompileCounterWithBackend("eager")
+    yield testing.CompileCounterWithBackend("eager")
     torch._dynamo.reset()
 
 
@@ -29,7 +30,7 @@ def counter():
     [(VIT, {"grad_checkpointing": True}, "aot_eager"), (CONV, {"grad_cache_chunk": 4}, "eager")],
 )
 def test_a_compiled_run_learns_what_a_plain_one_does(table, tmp_path, image, keys, backend):
-    ends, counter = [], CompileCounterWithBackend(backend)
+    ends, counter = [], testing.CompileCounterWithBackend(backend)
     torch._dynamo.reset()
     for name in ("plain", "compiled"):
         recipe = recipe_for(table, "clip", {"image": image}, steps=2, **keys)

@@ -32,7 +32,7 @@ from declip.closed_form.related import class_neighbors
 from declip.closed_form.solve import DEFAULT_FORM
 from declip.errors import UserError, unknown
 from declip.interchange.classes import Classes
-from declip.interchange.weights import Weights, read_tensors, unwrapped
+from declip.interchange.weights import Uninitialized, Weights, read_tensors, unwrapped
 from declip.io.atomic import atomic_write, cache_folder, save_tensors
 from declip.io.cache import HEADS
 from declip.io.hub import fetch
@@ -131,7 +131,7 @@ def _with_text(image: Weights, name: str, where: str) -> Weights:
         "pretrained": False,
     }
     recipe = image.recipe.with_keys({f"text.{key}": value for key, value in changes.items()})
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Uninitialized():
         filled = DualEncoder(recipe, encoder, "text")
     tensors = {**image.tensors, **filled.state_dict()}
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTIONS)}
@@ -154,7 +154,7 @@ def _filled(
 ) -> tuple[ImageTower, dict[str, Tensor]]:
     """Build the tower with the weights, which must be complete except for the classifier, and return the rest."""
     heads = _classifier_modules(architecture)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), Uninitialized():
         own = ImageTower(architecture, size, embed_dim=8).trunk.state_dict()
     kept: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
@@ -162,7 +162,7 @@ def _filled(
         of_tower = name in own or name.split(".")[0] not in heads
         (kept if of_tower else rest)[name] = tensor
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), Uninitialized():
             tower = ImageTower(architecture, size, embed_dim=8, weights=kept)
     except UserError as error:
         # The last line of torch's message
@@ -300,7 +300,7 @@ def _on_grid(tensor: Tensor) -> Tensor:
 @torch.inference_mode()
 def encode_texts(weights: Weights, texts: list[str]) -> Tensor:
     """Pooled features (t, w) of texts by the text tower of weights without projections."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Uninitialized():
         model = DualEncoder(weights.recipe, weights.encoder).eval()
     model.load_state_dict(model.state_dict() | dict(weights.tensors))
     tokens = model.tokenize(texts)
