@@ -552,6 +552,9 @@ def test_a_gain_whose_interval_contains_0_is_not_called_better(folder, tmp_path)
     assert gain["low"] < 0 < gain["value"]
     assert not run.cross_validation["better"]
     assert "Too few pairs to tell" in " ".join(fitted_lines(run))
+    page = run.report.read_text()
+    assert "<code>declip app … --caption</code>" in page
+    assert "`" not in page
 
 
 def test_a_start_that_stays_is_said_in_plain_words():

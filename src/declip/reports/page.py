@@ -1,10 +1,12 @@
 """Pages: self-contained HTML files, rendered from numbers by Jinja templates."""
 
 import datetime
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+import markupsafe
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -33,6 +35,12 @@ def points(fraction: float) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
+def code(line: str) -> markupsafe.Markup:
+    """Escape a line for HTML, with what stands in backticks as code."""
+    escaped = str(markupsafe.escape(line))
+    return markupsafe.Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escaped))
+
+
 def span(low: float, high: float) -> str:
     """Format an interval: "1.10 to 1.80", or with far ends, as from few seeds, "0.0012 to 1.6e+05"."""
     ends = []
@@ -54,6 +62,7 @@ def environment(plain_text: bool = False) -> Environment:
     created.filters |= {
         "percent": lambda value: text.percent(value).replace(" ", NBSP),
         "points": points,
+        "code": code,
         "count": lambda value: f"{value:,}",
         "plural": text.plural,
         "duration": text.duration,
