@@ -105,6 +105,8 @@ class Lazy:
         self.name = name
 
     def __getattr__(self, attribute):
+        if attribute.startswith(("_", "pytest_")):  # pytest asks every object of a file for them
+            raise AttributeError(attribute)
         return getattr(import_module(self.name), attribute)
 
 

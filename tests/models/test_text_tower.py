@@ -1,10 +1,11 @@
 import pytest
 import torch
-from open_clip.transformer import QuickGELU, TextTransformer
 
+from conftest import Lazy
 from declip.models.text_tower import TextTower, encode_by_length
 from declip.recipe.schema import TextTowerConfig
 
+transformer = Lazy("open_clip.transformer")
 VOCABULARY, END = 50, 48
 
 
@@ -35,9 +36,9 @@ def test_equals_open_clip_on_the_same_weights(activation):
     tower = small_tower(activation=activation).double()
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    theirs = TextTransformer(
+    theirs = transformer.TextTransformer(
         context_length=20, vocab_size=VOCABULARY, width=32, heads=4, layers=2, output_dim=12,
-        act_layer=QuickGELU if activation == "quick_gelu" else torch.nn.GELU, pool_type="eos", eos_id=END,
+        act_layer=transformer.QuickGELU if activation == "quick_gelu" else torch.nn.GELU, pool_type="eos", eos_id=END,
     ).double()  # fmt: skip
     state = dict(tower.state_dict())
     state["text_projection"] = state.pop("text_projection.weight").T
