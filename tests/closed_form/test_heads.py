@@ -357,3 +357,14 @@ def test_the_out_of_fold_ranks_of_a_mixture_are_those_of_heads_without_the_fold(
         ranks = held_out(mix(choice.start_heads, heads, 0.5), left_out).to_text
         equal.append((found.to_text[rows] == ranks).double())
     assert float(torch.cat(equal).mean()) > 0.9  # cross-validation takes the means of all folds
+
+
+def test_a_sample_of_many_pairs_keeps_their_groups_and_folds(monkeypatch):
+    monkeypatch.setattr(known_data, "MOST", 40)
+    pairs, groups = pairs_of(100), np.arange(100) // 2
+    data = FitData.of(pairs, groups, seed=1)
+    sample = data.sample()
+    rows = torch.cdist(sample.pairs.images, pairs.images).argmin(dim=1)
+    assert len(rows.unique()) == 40
+    assert sample.folds.tolist() == data.folds[rows].tolist()
+    assert sample.groups.tolist() == groups[rows.numpy()].tolist()

@@ -76,6 +76,12 @@ def test_the_heads_map_its_embeddings_into_one_space(fitted):
     assert before.text_to_image.r10 < 0.4 < 0.7 < after.text_to_image.r10
 
 
+def test_the_seed_divides_the_pairs_into_folds():
+    fitted = declip.fit(Painted(), Colors(), seed=3)
+    expected = assign_folds(fitted.features.groups, FOLDS, 3)
+    assert fitted.choice.whole.data.folds.tolist() == expected.tolist()
+
+
 def test_the_report_shows_what_came_first_before_and_by_a_fit_without_the_caption(fitted):
     choice, features = fitted.choice, fitted.features
     images, texts, _ = features.pairs
