@@ -50,11 +50,6 @@ class ClassPairs(NamedTuple):
         """The mean feature of each class's texts, (c, w)."""
         return mean_by_owner(self.texts, self.owners, len(self.rows))
 
-    def float(self) -> "ClassPairs":
-        """The classes in float32."""
-        rows, texts, mean = self.rows.float(), self.texts.float(), self.mean.float()
-        return ClassPairs(rows, texts, self.owners, mean, self.posteriors)
-
 
 class FitData(NamedTuple):
     """Pairs in folds of cross-validation, with a classifier's classes."""

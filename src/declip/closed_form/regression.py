@@ -19,7 +19,7 @@ MOST_CLASSES = 2_000
 
 
 class PosteriorFeatures(NamedTuple):
-    """A classifier whose class posteriors are features of an image, beside those that it reads."""
+    """A classifier whose class posteriors are features of an image, after those that it reads."""
 
     rows: Tensor  # (c, v), its weights; a bias changes nothing measurable
     direction: Tensor  # (v,) of unit length, of the mean feature of images

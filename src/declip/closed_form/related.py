@@ -118,12 +118,12 @@ def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neig
         mean, count = images.mean(dim=0), 0
         anchors = normalize(images - mean, dim=-1)
     else:
-        known = classes.float()
-        mean, count = known.mean, len(known.rows)
+        mean, count = classes.mean.float(), len(classes.rows)
         # In float32 only now: a difference of rounded rows would have lost digits
         centers = class_centers(classes.rows).float()
         anchors = torch.cat([normalize(images - mean, dim=-1), normalize(centers, dim=-1)])
-        texts = torch.cat([texts, known.mean_texts()])
+        names = classes._replace(texts=classes.texts.float()).mean_texts()
+        texts = torch.cat([texts, names])
     weights = torch.tensor(WEIGHTS[0])
     kept = tuple(rows.tolist())
     return Neighbors(Side(anchors, mean), _text_side(texts), count, weights, rows=kept)
