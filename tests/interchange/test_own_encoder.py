@@ -74,7 +74,7 @@ def test_no_name_in_a_file_runs_code(folder, table):
     # --- the user names it: it runs, and is another encoder than it was
     index = declip.Index("index", model=NAME)
     refuses("made by another model", index.search, "red")
-    refuses(["runs/mine", "of fingerprint"], loaded, FITTED)
+    refuses(["runs/mine", "of fingerprint", "from a seed"], loaded, FITTED)
     assert ran.exists()
 
 
@@ -88,6 +88,7 @@ def test_no_name_in_a_file_runs_code(folder, table):
         ("own.py:fails", ["fails() of 'own.py'", "RuntimeError: no weights here"]),
         ("own.py:needs", ["needs() of 'own.py'", "argument: 'path'"]),
         ("own.py:half", ["half() of 'own.py'", "Half has no `preprocess`"]),
+        ("own.py:Mean", ["`encode_image` of Mean", "returned a tensor of float32 of shape ()"]),
         ("own.py:make+pictures", ["'pictures' is not the folder of a fit"]),
         ("broken.py:make", ["'broken.py' cannot be run", "nowhere_installed"]),
     ],
@@ -96,6 +97,7 @@ def test_a_name_that_opens_no_encoder_is_refused(name, message, folder, table, c
     code = "class Half:\n    def encode_image(self, images): ...\n"
     code += "def half(): return Half()\ndef needs(path): ...\n"
     code += "def fails(): raise RuntimeError('no weights here')\n"
+    code += "class Mean(Colors):\n    def encode_image(self, images): return images.mean()\n"
     Path("own.py").write_text(EXAMPLE.read_text() + code)
     Path("broken.py").write_text("import nowhere_installed")
     done = command("embed", name, table, "--out", "index", "--quiet")

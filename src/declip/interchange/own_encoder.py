@@ -117,7 +117,9 @@ def _with_heads(encoder: PlainEncoder, folder: str) -> PlainEncoder:
     if given != heads.base_fingerprint:
         raise UserError(
             f"'{folder}' was fitted to '{heads.base}' of fingerprint {heads.base_fingerprint[:8]}; "
-            f"{encoder.class_name} has {given[:8]}. Give the file as it was, or fit again."
+            f"{encoder.class_name} has {given[:8]}. Give the file as it was, or fit again. If it did not change: "
+            "it must load its weights or draw them from a seed, and number texts equally in every process "
+            "(`hash` does not)."
         )
     try:
         return PlainEncoder(Projected(encoder, heads.tensors))

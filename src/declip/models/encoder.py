@@ -13,11 +13,13 @@ from declip.errors import UserError
 from declip.models.token_scorer import TokenScorer
 from declip.recipe.schema import Recipe
 
-REQUIRED = (
-    "encode_image",
-    "preprocess",
-)  # without texts a model has images to search and classify by
+# Without texts a model has images to search and classify by
+REQUIRED = ("encode_image", "preprocess")
 Preprocessing = Callable[[list[Image.Image]], Tensor]
+
+
+class NoTexts(UserError):
+    """A model of images alone was asked for texts."""
 
 
 class Encoder(Protocol):
@@ -89,7 +91,10 @@ class Complete:
 
 
 class PlainEncoder(Complete):
-    """An `Encoder` made of an object with its first four methods; what the object has besides is used too."""
+    """An `Encoder` made of an object with its first four methods; what the object has besides is used too.
+
+    A method that returns something else than `Encoder` says raises `UserError`.
+    """
 
     recipe = None
     token_scorer = None
@@ -98,16 +103,61 @@ class PlainEncoder(Complete):
     def __init__(self, model: Any) -> None:
         self.model = model
         self.class_name = type(model).__qualname__
-        self.encode_image, self.preprocess = model.encode_image, model.preprocess
-        self.encode_text = getattr(model, "encode_text", self._refuse_text)
-        self.tokenize = getattr(model, "tokenize", self._refuse_text)
-        preprocessor: Preprocessing = getattr(model, "preprocessor", model.preprocess)
-        if isinstance(preprocessor, Preprocess):  # whose uint8 pixels only models of declip take
-            preprocessor = preprocessor.__call__
-        self.preprocessor = preprocessor
+        own: Preprocessing = getattr(model, "preprocessor", model.preprocess)
+        if isinstance(own, Preprocess):  # whose uint8 pixels only models of declip take
+            own = own.__call__
+        self.own_preprocessor = own
         self.encode_backbone = getattr(model, "encode_backbone", None)
         tokenizer = getattr(model, "tokenizer", None)
         self.tokenizer = tokenizer if isinstance(tokenizer, CaptionTokenizer) else None
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(n, 3, S, S) normalized pixels → (n, d)."""
+        return self._embeddings("encode_image", self.model.encode_image(images), len(images))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(m, L) token ids → (m, d)."""
+        encode = getattr(self.model, "encode_text", self._refuse_text)
+        return self._embeddings("encode_text", encode(tokens), len(tokens))
+
+    def preprocess(self, images: list[Image.Image]) -> Tensor:
+        """PIL images → (n, 3, S, S) normalized pixels."""
+        return self._rows("preprocess", self.model.preprocess(images), len(images))
+
+    def preprocessor(self, images: list[Image.Image]) -> Tensor:
+        """`preprocess` on the host, for worker processes."""
+        return self._rows("preprocess", self.own_preprocessor(images), len(images))
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Texts → (m, L) token ids."""
+        tokenize = getattr(self.model, "tokenize", self._refuse_text)
+        return self._rows("tokenize", tokenize(texts), len(texts))
+
+    def _rows(self, method: str, result: Any, rows: int) -> Tensor:
+        """The result of one of the object's methods, if it is a tensor of a row for each input."""
+        if isinstance(result, Tensor) and result.ndim >= 2 and len(result) == rows:
+            return result
+        wanted = f"a torch.Tensor of {rows} rows, one for each of its inputs, of the same length"
+        raise self._returned(method, result, wanted)
+
+    def _embeddings(self, method: str, result: Any, rows: int) -> Tensor:
+        """The result of one of the object's encoders, if it is (rows, d) of floating point."""
+        found = isinstance(result, Tensor) and result.is_floating_point() and result.ndim == 2
+        if found and len(result) == rows:
+            return cast(Tensor, result)
+        wanted = f"a torch.Tensor of floats of shape ({rows}, d), one row for each of its inputs"
+        raise self._returned(method, result, wanted)
+
+    def _returned(self, method: str, result: Any, wanted: str) -> UserError:
+        """The error for what one of the object's methods returned."""
+        given = f"{type(result).__module__}.{type(result).__qualname__}".removeprefix("builtins.")
+        if isinstance(result, Tensor):
+            given = f"a tensor of {str(result.dtype).removeprefix('torch.')}"
+        if hasattr(result, "shape"):
+            given += f" of shape {tuple(result.shape)}"
+        return UserError(
+            f"`{method}` of {self.class_name} returned {given}. It must return {wanted}."
+        )
 
     def modules(self) -> Iterator[nn.Module]:
         """Modules of the object, if it is made of modules."""
@@ -133,7 +183,7 @@ class PlainEncoder(Complete):
         return torch.device("cpu") if weight is None else weight.device
 
     def _refuse_text(self, texts: Any) -> Tensor:
-        raise UserError(
+        raise NoTexts(
             f"{self.class_name} has no `encode_text` and `tokenize`, so it cannot compare images with texts."
         )
 
@@ -148,9 +198,9 @@ def as_encoder(model: object) -> Encoder:
     """Complete an object that has the first four methods of `Encoder`; raises `UserError` for others."""
     if isinstance(model, Complete):
         return cast(Encoder, model)
-    if missing := [name for name in REQUIRED if not hasattr(model, name)]:
+    if missing := [f"`{name}`" for name in REQUIRED if not hasattr(model, name)]:
         raise UserError(
             f"A model is what `declip.load` takes, a run folder, a file, a name, or an object with "
-            f"{' and '.join(REQUIRED)}; {type(model).__name__} has no `{missing[0]}`."
+            f"{' and '.join(REQUIRED)}; {type(model).__name__} has no {' and no '.join(missing)}."
         )
     return PlainEncoder(model)

@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
-from declip.models.encoder import Encoder
+from declip.models.encoder import Encoder, NoTexts
 
 PROBE = "a photo of two red apples, and a dog"  # its token ids are part of the fingerprint
 
@@ -49,7 +48,7 @@ def fingerprint(model: Encoder, tensors: Mapping[str, Tensor] | None = None) -> 
     digest.update(pixels.cpu().numpy().tobytes())
     try:
         digest.update(repr(model.tokenize([PROBE]).tolist()).encode())
-    except UserError:  # a model without a text tower
+    except NoTexts:
         digest.update(b"no text")
     return digest.hexdigest()
 
