@@ -43,7 +43,7 @@ def write_images(folder: Path, width: int, height: int, count: int) -> list[Path
     rng, paths = np.random.default_rng(0), [folder / f"{number:05d}.jpg" for number in range(count)]
     for path in paths:
         colors = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).resize(
-            (width, height), Image.BICUBIC
+            (width, height), Image.Resampling.BICUBIC
         )
         grain = rng.integers(-12, 13, (height, width, 1))
         Image.fromarray((np.asarray(colors) + grain).clip(0, 255).astype(np.uint8)).save(
@@ -118,8 +118,8 @@ def compare(tower: str, size: str, count: int, repeats: int) -> list[dict[str, A
     about = {"size": size, "precision": precision_of(model)}
     rows = [row(tower, name, each, count, "images", **about) for name, each in seconds.items()]
     return [
-        {**each, "times_declip": round(seconds[each["what"]] / seconds["declip"], 3)}
-        for each in rows
+        {**about, "times_declip": round(seconds[name] / seconds["declip"], 3)}
+        for name, about in zip(seconds, rows, strict=True)
     ]
 
 

@@ -44,13 +44,16 @@ def tiled(batch: PairBatch, count: int) -> PairBatch:
         params = None if one.photometric is None else one.photometric[rows]
         return View(one.pixels[rows], params)
 
-    fields = {name: getattr(batch, name) for name in ("masked", "labels", "sample_ids")}
+    assert batch.lengths is not None, "the loader gives them"
+    assert batch.sample_ids is not None, "the loader gives them"
     return replace(
         batch,
         views={name: view(one) for name, one in batch.views.items()},
         texts=batch.texts[:, rows],
         lengths=batch.lengths[:, rows],
-        **{name: None if tensor is None else tensor[rows] for name, tensor in fields.items()},
+        masked=None if batch.masked is None else batch.masked[rows],
+        labels=None if batch.labels is None else batch.labels[rows],
+        sample_ids=batch.sample_ids[rows],
     )
 
 
@@ -154,6 +157,7 @@ def open_clips_side(
     host, plan = batch_of(recipe, source), plan_views(recipe, needs_of(recipe))
     mean, std = (torch.tensor(values) for values in (plan.mean, plan.std))
     pixels = apply_photometric(host.views, mean, std)["first"].pixels.to(shape.device)
+    assert host.sample_ids is not None, "the loader gives them"
     captions = [source.texts[int(number) % len(source)] for number in host.sample_ids]
     texts = open_clip.get_tokenizer(f"{name}-quickgelu")(captions).to(shape.device)
     step = open_clip_side(f"{name}-quickgelu", shape, pixels[:2], captions[:2], chunk).parts[""]

@@ -13,6 +13,7 @@ from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
+from declip.supervision.nearest_neighbor import NearestNeighbor
 from declip.supervision.objective import Objective
 from declip.training.assemble import build_loader
 from declip.training.optimizer import build_optimizer, named_trainable
@@ -94,9 +95,9 @@ def build(
     model = DualEncoder(recipe).to(device)
     objective = Objective(recipe, model).to(device)
     objective.prepare(source, model)
-    if "nearest_neighbor" in objective.terms:
-        queue = objective.terms["nearest_neighbor"].queue
-        queue.push(torch.randn(queue.size, recipe.embed_dim, device=device))
+    for term in objective.terms.values():
+        if isinstance(term, NearestNeighbor):
+            term.queue.push(torch.randn(term.queue.size, recipe.embed_dim, device=device))
     learner = build_learner(model, objective).train()
     optimizer = build_optimizer(named_trainable(model, objective), recipe.train)
     step = partial(training_step, learner, optimizer)

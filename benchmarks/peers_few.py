@@ -91,7 +91,7 @@ class Data:
     @classmethod
     def of(cls, name: str, weights: str) -> "Data":
         """Compute the features as `declip finetune NAME --from WEIGHTS --freeze both` does."""
-        keys = {"train.device": "cpu", "train.precision": "fp32"}
+        keys: dict[str, Any] = {"train.device": "cpu", "train.precision": "fp32"}
         if name.endswith("icons"):
             keys["data.max_pairs"] = MOST
         started = Start(Request.of(name, weights, keys, freeze="both"))
@@ -107,10 +107,11 @@ class Data:
             texts = [", ".join(classes.names[i] for i in row) for row in rows.tolist()]
             return base.pool_captions(texts)
 
+        named = names if classes is not None else None
         known = None
         if not base.projected:
             known = class_pairs(named_weights(recipe, started.weights), base, progress=True)
-        return cls(features.pairs, features.groups, known, classes and names, base.projected)
+        return cls(features.pairs, features.groups, known, named, base.projected)
 
     def some(self, indices: np.ndarray) -> tuple[Pairs, np.ndarray]:
         """Some images with their captions, and their groups."""
@@ -393,8 +394,8 @@ WITHOUT_PAIRS = (
     "best class name",
     "five class names",
     "ConSE",
+    "Ridge with class rows",
 )
-WITHOUT_PAIRS = (*WITHOUT_PAIRS, "Ridge with class rows")
 
 
 def measure(

@@ -160,6 +160,7 @@ def our_side(arm: str, setting: Setting) -> Side:
 def makers(setting: Setting) -> dict[str, Callable[[], Side]]:
     """Return a builder for each implementation."""
     clip = setting.batches["clip"]
+    assert clip.sample_ids is not None, "the loader gives them"
     captions = [
         setting.source.texts[int(number) % len(setting.source)] for number in clip.sample_ids
     ]

@@ -20,6 +20,7 @@ import numpy as np
 
 import declip
 from declip.data.sources.open import open_source
+from declip.runs.fitted import FittedRun
 
 SHARES = (0.0, 0.05, 0.1, 0.2)
 COUNT = 250  # pairs of a draw
@@ -67,6 +68,7 @@ def out_of_fold(paths: list[Path], captions: list[str], folder: Path) -> np.ndar
     run = declip.finetune(
         folder / "pairs.csv", weights="builtin:lite2-minilm", out=folder / "run", progress=False
     )
+    assert isinstance(run, FittedRun), "the start is frozen"
     by_name = {Path(key).name: rank for (key, _), rank in run.caption_ranks.items()}
     ranks = np.array([by_name[path.name] for path in paths])
     shutil.rmtree(folder)
