@@ -9,10 +9,14 @@ from functools import cache
 import pytest
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 import declip
 from conftest import refuses
 from declip.api import train
+from declip.closed_form.heads import Heads
+from declip.fitting.adapted import Adapted
+from declip.fitting.base import Base, check_linear
 from declip.interchange import declip_file
 from declip.interchange.read import read
 from declip.models.dual_encoder import DualEncoder
@@ -182,6 +186,58 @@ def test_a_run_with_adapters_is_merged_when_it_is_loaded(family, own_file, table
         (m.encode_image(pixels), m.encode_text(tokens)) for m in (loaded, learned.eval())
     )
     assert max(largest(*pair) for pair in zip(found, expected, strict=True)) < 1e-5
+
+
+def with_heads(weights, seed):
+    """A fit of random heads to a model's embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    base = Base(weights.build().eval(), weights.projected, weights.origin)
+    heads = torch.randn(2, 32, 32, generator=generator)
+    return Adapted(base, Heads(*heads), 10.0)
+
+
+def embeddings(model, pixels):
+    with torch.no_grad():
+        tokens = model.tokenize(CAPTIONS)
+        return torch.cat([model.encode_image(pixels), model.encode_text(tokens)])
+
+
+def test_heads_of_a_fit_take_the_place_of_projections_also_where_there_is_none(
+    open_family, tmp_path
+):
+    """First in place of an identity, then of the map that open_clip builds for it."""
+    weights = open_family("siglip2")[0]
+    assert isinstance(weights.build().image_tower.proj, nn.Identity)
+    pixels = weights.build().preprocess(pictures()[1:4])
+    for seed in (1, 2):
+        fitted = with_heads(weights, seed)
+        check_linear(fitted.base.model, weights.origin)
+        expected = embeddings(fitted, pixels)
+        assert largest(expected, embeddings(fitted.base.model, pixels)) > 0.1
+        file = tmp_path / f"{seed}.safetensors"
+        declip_file.write_declip_file(fitted.merged(), file)
+        model = declip.load(file, device="cpu")
+        assert largest(embeddings(model, pixels), expected) < 1e-5
+        out = export_exactly(model, "open_clip", tmp_path / f"out-{seed}")
+        weights = read(str(out))
+        assert largest(embeddings(weights.build().eval(), pixels), expected) < 1e-5
+
+
+def test_frozen_towers_of_siglip_are_fitted(open_family, table, tmp_path):
+    weights = open_family("siglip2")[0]
+    run = declip.finetune(
+        table, weights.origin, {"train.precision": "fp32"}, tmp_path / "run", freeze="both",
+        progress=False,
+    )  # fmt: skip
+    pixels = weights.build().preprocess(pictures()[1:4])
+    exported = declip.load(run.folder / "exported" / "open_clip", device="cpu")
+    found = embeddings(declip.load(run, device="cpu"), pixels)
+    assert largest(found, embeddings(exported, pixels)) < 1e-5
+    origin = open_family("biomedclip")[0].origin
+    refuses(
+        "Sequential that is not linear.*--freeze none",
+        declip.finetune, table, origin, None, tmp_path / "mlp", freeze="both", progress=False,
+    )  # fmt: skip
 
 
 LENGTHS = {"eva": 6, "coca": 20, "biomedclip": 24}

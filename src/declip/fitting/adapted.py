@@ -13,7 +13,7 @@ from declip.data.pair import PairSource
 from declip.data.text.tokenizer import CaptionTokenizer
 from declip.errors import UserError
 from declip.evaluation.encode import Batching, SourceFeatures
-from declip.fitting.base import EncoderBase
+from declip.fitting.base import EncoderBase, linear_name
 from declip.interchange.weights import Weights
 from declip.models.dual_encoder import DualEncoder
 from declip.models.encoder import Complete, Preprocessing
@@ -169,6 +169,9 @@ class Adapted(Complete):
         own = {name: tensor.cpu() for name, tensor in first.state_dict().items()}
         if isinstance(first, NeighborProjection):
             return own | {"axes": own["axes"] @ rows.mT}
-        if "bias" in own:
-            own["bias"] = rows @ own["bias"]
-        return own | {"weight": rows @ own["weight"]}
+        if isinstance(first, nn.Identity):
+            return {"weight": rows}
+        linear = linear_name(first)
+        if f"{linear}bias" in own:
+            own[f"{linear}bias"] = rows @ own[f"{linear}bias"]
+        return own | {f"{linear}weight": rows @ own[f"{linear}weight"]}

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from declip.data.pair import PairSource
@@ -26,10 +26,14 @@ from declip.models.encoder import Encoder, as_encoder
 from declip.models.fingerprint import hash_tensors
 from declip.models.inference import chunked, normalized
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT
+from declip.models.neighbors import NeighborProjection
+from declip.models.posteriors import PosteriorProjection
 from declip.models.precision import TYPES, pooling_tower
 from declip.search.vectors import VectorCache, content_key, text_key
 
 BATCH = 64  # images or captions that a tower sees at a time
+LINEAR = (nn.Linear, nn.Identity, PosteriorProjection, NeighborProjection)
+"""Projections that heads can be multiplied with, or replace."""
 FEATURES = 5  # raise it when preprocessing, tokenizers or towers compute others of the same input
 
 
@@ -201,11 +205,22 @@ def tower_digest(model: DualEncoder, tower: str) -> str:
     return digest.hexdigest()[:24]
 
 
+def linear_name(projection: nn.Module) -> str | None:
+    """Prefix of the tensors of a projection's one linear map: "" for itself; None if it is not linear."""
+    if not isinstance(projection, nn.Sequential):
+        return "" if isinstance(projection, LINEAR) else None
+    learned = [name for name, part in projection.named_children() if [*part.parameters()]]
+    if len(learned) == 1 and isinstance(projection.get_submodule(learned[0]), nn.Linear):
+        return f"{learned[0]}."
+    return None
+
+
 def check_linear(model: DualEncoder, name: str) -> None:
-    """Refuse towers without linear projections, in whose place heads could be saved."""
+    """Refuse towers whose projections are not linear, in whose place heads could be saved."""
     for projection in (model.image_tower.proj, model.text_tower.text_projection):
-        if not any(True for _ in projection.parameters()):
+        if linear_name(projection) is None:
             raise UserError(
-                f"--freeze both fits linear projections, and the towers of '{name}' have none. "
-                "Give --freeze none with finetune.lora={rank: 8}, or --freeze image or text."
+                f"--freeze both fits linear projections, and a tower of '{name}' ends with a "
+                f"{type(projection).__name__} that is not linear. Give --freeze none with "
+                "finetune.lora={rank: 8}, or --freeze image or text."
             )

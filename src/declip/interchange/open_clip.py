@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
@@ -334,7 +334,11 @@ def _express_wrapped(
     config = copy.deepcopy(dict(stored.config)) | {"custom_text": True}
     if model.logit_bias is not None:
         config.setdefault("init_logit_bias", -10)
-    config["vision_cfg"]["image_size"] = model.preprocessor.size
+    vision = config["vision_cfg"]
+    vision["image_size"] = model.preprocessor.size
+    proj = model.image_tower.proj
+    if vision.get("timm_proj") == "none" and isinstance(proj, nn.Linear):  # that a fit put there
+        vision |= {"timm_proj": "linear", "timm_proj_bias": proj.bias is not None}
     for section in ("vision_cfg", "text_cfg"):
         config[section].pop("output_tokens", None)
     return config, tensors

@@ -150,8 +150,6 @@ class ImageTower(nn.Module):
 
     def match_projection(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the projection by the kind that can hold tensors that will be loaded, by name."""
-        if type(self) is not ImageTower:
-            return
         own = named_below("image_tower.proj.", tensors)
         projection = matching_projection(self.proj, own, self.pre_logits_width)
         self.proj = projection.to(next(self.trunk.parameters()).device)

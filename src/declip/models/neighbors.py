@@ -88,7 +88,7 @@ def neighbor_tensors(own: Mapping[str, Tensor], side: Side, known: Neighbors) ->
 def matching_projection(usual: nn.Module, tensors: Mapping[str, Tensor], width: int) -> nn.Module:
     """The kind of projection of pooled features (…, width) that can hold tensors, by their names in it.
 
-    With neighbors, with class posteriors, or the usual one.
+    With neighbors, with class posteriors, linear in place of an identity, or the usual one.
     """
     anchors, axes = tensors.get("anchors"), tensors.get("axes")
     inner = named_below(INNER, tensors)
@@ -100,6 +100,9 @@ def matching_projection(usual: nn.Module, tensors: Mapping[str, Tensor], width: 
     classes = tensors.get("classes")
     if classes is not None and classes.shape[1:] == (width,) and "weight" in tensors:
         return PosteriorProjection(width, len(classes), len(tensors["weight"]))
+    weight = tensors.get("weight")
+    if isinstance(usual, nn.Identity) and weight is not None and weight.ndim == 2:
+        return nn.Linear(width, len(weight), bias="bias" in tensors)
     return usual
 
 

@@ -114,7 +114,8 @@ def encoder_kept_in(weights: Mapping[str, Tensor], path: Path) -> TextEncoder | 
 class WrappedImageTower(ImageTower):
     """An image module of open_clip (timm, ViT, ResNet) with its last linear map as `proj`.
 
-    Without such a map, as in SigLIP, `proj` is the identity and the features before it are the embedding.
+    Without such a map, as in SigLIP, `proj` is the identity, unless a fit put a linear map in its place, and the
+    features before it are the embedding.
     """
 
     def __init__(self, module: Any, embed_dim: int) -> None:
@@ -128,6 +129,8 @@ class WrappedImageTower(ImageTower):
                 name = "head"
             elif isinstance(classifier, nn.Linear):
                 name = next(name for name, part in module.named_modules() if part is classifier)
+            else:
+                name = "head.proj"  # where open_clip has the map of timm_proj=linear
         self.proj, self.projection = _detach_projection(module, name)
         linear = [part for part in self.proj.modules() if isinstance(part, nn.Linear)]
         self.pre_logits_width = linear[0].in_features if linear else embed_dim
