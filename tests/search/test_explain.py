@@ -1,5 +1,6 @@
 """What an image and a query both resemble."""
 
+import csv
 import json
 
 import pytest
@@ -46,11 +47,14 @@ def test_the_names_are_those_whose_products_of_neighbors_are_largest(index):
 
 
 def test_the_command_prints_and_writes_them(index, tmp_path, command):
-    given = "search", index.folder, "an orange", "--json", tmp_path / "hits.json", "--why"
-    printed = command(*given).out
+    files = "--json", tmp_path / "hits.json", "--out", tmp_path / "hits.csv"
+    printed = command("search", index.folder, "an orange", "--why", *files).out
     hits = json.loads((tmp_path / "hits.json").read_text())["hits"]
     expected = index.explain("an orange", index.search("an orange"))
     assert [tuple(hit["resembles"]) for hit in hits] == [hit.resembles for hit in expected]
+    with (tmp_path / "hits.csv").open(encoding="utf-8", newline="") as table:
+        named = [row["both resemble"] for row in csv.DictReader(table)]
+    assert named == ["; ".join(hit.resembles) for hit in expected]
     first = next(hit.resembles[0] for hit in expected if hit.resembles)
     assert first in printed
     assert "both resemble" in printed

@@ -195,9 +195,15 @@ def _write_hits(path: Path, hits: "list[Hit]", overwrite: bool) -> None:
     """Write hits as a table that a spreadsheet opens."""
     from declip.io.text import plain_cell
 
-    with csv_table(path, ("rank", "cosine", "image", "caption", "copies"), overwrite) as table:
+    header = ["rank", "cosine", "image", "caption", "copies"]
+    explained = any(hit.resembles for hit in hits)
+    if explained:
+        header.append("both resemble")
+    with csv_table(path, header, overwrite) as table:
         for number, hit in enumerate(hits, 1):
-            texts = (hit.key, hit.caption, "; ".join(hit.copies))
+            texts = [hit.key, hit.caption, "; ".join(hit.copies)]
+            if explained:
+                texts.append("; ".join(hit.resembles))
             table.writerow((number, f"{hit.score:.4f}", *map(plain_cell, texts)))
 
 
