@@ -113,7 +113,7 @@ def saved(family, folder):
             if file.suffix != ".safetensors":
                 shutil.copy(file, folder)
     elif "hf_tokenizer_name" in config["text_cfg"]:
-        _tokenizer(folder)
+        unigram(folder)
     kind = open_clip.CoCa if family == "coca" else open_clip.CustomTextCLIP
     model = towers.spread(
         kind(**{**config, "text_cfg": {**config["text_cfg"], "hf_model_pretrained": False}})
@@ -128,7 +128,7 @@ def _save(model, folder, config, prepared):
     weights_file(model, folder / "open_clip_model.safetensors")
 
 
-def _tokenizer(folder):
+def unigram(folder):
     """A unigram tokenizer like SigLIP's, which puts its end behind a text and pads with another id."""
     library = Tokenizer(models.Unigram())
     library.normalizer = normalizers.Replace(" ", "▁")

@@ -11,8 +11,8 @@ from conftest import refuses
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY, Bert, TextEncoder, read_encoder
 from declip.models.layers import blocks_of
+from declip.models.stored import encoder_kept_in
 from declip.models.text_tower import encode_by_length
-from declip.models.wrapped import encoder_kept_in
 from declip.supervision.objective import Objective
 from declip.training.optimizer import decays
 from text_encoders import CAPTIONS, bert, distilbert, model_of, roberta, transformers

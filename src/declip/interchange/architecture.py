@@ -10,6 +10,8 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, TEXT
 
+SIGLIP_POSITIONS = ".position_embedding.weight"  # end of the names in SigLIP of transformers
+
 
 def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
     """Load the tensors of a start into a model of its recipe, resampled where they depend on a size, and name them."""
@@ -22,7 +24,7 @@ def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
         elif tensor.shape == own[name].shape:
             fitted[name] = tensor
         # Behind the rows CoCa's class token
-        elif name.startswith(TEXT) and name.endswith("positional_embedding"):
+        elif name.startswith(TEXT) and name.endswith(("positional_embedding", SIGLIP_POSITIONS)):
             fitted[name] = torch.cat(
                 [_stretched(tensor[:old], model.text_tower.context), tensor[old:]]
             )
@@ -48,13 +50,14 @@ def _stretched(positions: Tensor, length: int) -> Tensor:
 
 def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tensor:
     """Interpolate the square grid of position embeddings for another image size; the class token's stays."""
-    embeds = name.startswith(IMAGE) and name.endswith(("pos_embed", "positional_embedding"))
+    known = ("pos_embed", "positional_embedding", SIGLIP_POSITIONS)
+    embeds = name.startswith(IMAGE) and name.endswith(known)
     if not embeds or tensor.ndim not in (2, 3):
         return tensor
     import timm
 
     trunk = getattr(model.image_tower.trunk, "trunk", model.image_tower.trunk)
-    before = 1  # embeddings of tokens that are no patches
+    before = 0 if name.endswith(SIGLIP_POSITIONS) else 1  # embeddings of tokens that are no patches
     if tensor.ndim == 3:
         # As of DeiT III and of DINOv2 with registers
         grid_only = getattr(trunk, "no_embed_class", False)

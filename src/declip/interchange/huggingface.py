@@ -1,31 +1,38 @@
-"""Read and write folders of transformers' `CLIPModel` and `CLIPProcessor`."""
+"""Read and write folders of transformers: `CLIPModel` and `CLIPProcessor`, or SigLIP's."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
-from declip.interchange import layouts
+from declip.interchange import layouts, siglip
 from declip.interchange.format import Format, ReadBack, Refusal, Traced
 from declip.interchange.layouts import TO_CLIP_VIT, backend, clip_text_tower, write_tokenizer
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
+from declip.interchange.transformers_files import (
+    CONFIG,
+    FILE,
+    PREPROCESSOR,
+    RESAMPLE,
+    TOKENIZER,
+    expect,
+    image_keys,
+    image_settings,
+    read_json,
+)
 from declip.interchange.weights import Weights, check_layers
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import quiet_transformers
+from declip.models.siglip import SiglipTextTower
 from declip.recipe.load import load_recipe
-
-CONFIG, FILE = "config.json", "model.safetensors"
-PREPROCESSOR = "preprocessor_config.json"
-PROCESSOR = "processor_config.json"
-TOKENIZER = "tokenizer.json"
 
 EPS = 1e-5  # epsilon of layer norms in CLIP
 
@@ -46,8 +53,6 @@ PREPROCESSING: Mapping[str, Any] = {
 }  # fmt: skip
 """Defaults of transformers."""
 
-RESAMPLE = {"bilinear": 2, "bicubic": 3}
-
 # End token of early releases: pooling at the highest id, which is CLIP's end token
 POOLS_AT_HIGHEST = 2
 POSITION_IDS = "embeddings.position_ids"  # buffer in older files
@@ -66,13 +71,18 @@ def matches(where: str) -> bool:
 
 
 def read(where: str) -> Weights:
-    """Read a folder of `CLIPModel`, without transformers.
+    """Read a folder of `CLIPModel`, without transformers, or of `SiglipModel`, with its towers.
 
-    The vocabulary in tokenizer.json must be CLIP's, or that of its first merges, as in exports of declip.
+    CLIP's vocabulary in tokenizer.json must be OpenAI's, or that of its first merges, as in exports of declip.
     """
     folder = Path(where).expanduser()
+    name = "model"
     try:
-        keys = _keys(folder, _read_json(folder / CONFIG))
+        config = read_json(folder / CONFIG)
+        kind = str(config.get("model_type"))
+        if kind not in KINDS:
+            raise UserError(f"its model_type is {kind!r}{KNOWN_KINDS.get(kind, '')}; {READ}")
+        name, read_weights = KINDS[kind]
         if not (folder / FILE).is_file():
             raise UserError(
                 f"there is no {FILE}; other files are not read: save it as one safetensors file"
@@ -82,41 +92,63 @@ def read(where: str) -> Weights:
             for name, tensor in load_file(folder / FILE).items()
             if not name.endswith(POSITION_IDS)
         }
-        check_layers(keys, len(weights), CONFIG)
-        recipe = load_recipe("few-clip", {"name": "from-huggingface", **keys})
-        return layouts.from_layout(recipe, layouts.TRANSFORMERS, weights, where)
+        for tensor_name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"'{tensor_name}' has numbers that are not finite")
+        return read_weights(folder, config, weights, where)
     except Exception as error:  # wrong files raise any class
-        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        reason = f"{name}{one_line(error, 400)}".rstrip(".")
-        raise UserError(
-            f"'{where}' cannot be read as transformers' CLIPModel: {reason}."
-        ) from error
+        given = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = f"{given}{one_line(error, 400)}".rstrip(".")
+        raise UserError(f"'{where}' cannot be read as transformers' {name}: {reason}.") from error
+
+
+def _read_clip(
+    folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], where: str
+) -> Weights:
+    keys = _keys(folder, config)
+    check_layers(keys, len(weights), CONFIG)
+    recipe = load_recipe("few-clip", {"name": "from-huggingface", **keys})
+    return layouts.from_layout(recipe, layouts.TRANSFORMERS, weights, where)
+
+
+KINDS = {"clip": ("CLIPModel", _read_clip), siglip.MODEL_TYPE: ("SiglipModel", siglip.read)}
+"""model_type → class in transformers, function that reads it."""
+
+KNOWN_KINDS = {
+    "siglip2": ", SigLIP 2 for images of any shape (NaFlex)",
+    "siglip_vision_model": ", an image tower alone",
+    "siglip_text_model": ", a text tower alone",
+    "clip_vision_model": ", an image tower alone",
+    "clip_text_model": ", a text tower alone",
+}
+READ = (
+    "supported: clip, and siglip, which is SigLIP, and SigLIP 2 for one image size such as "
+    "google/siglip2-base-patch16-224; others through open_clip, such as "
+    "hf-hub:timm/ViT-B-16-SigLIP2"
+)
 
 
 def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    if (kind := config.get("model_type")) != "clip":
-        others = "others, such as SigLIP, through open_clip: hf-hub:timm/ViT-B-16-SigLIP2"
-        raise UserError(f"its model_type is {kind!r}; supported: clip; {others}")
     # Early releases wrote each section by a second name too, which takes precedence.
     text, vision = (
         config.get(f"{name}_dict") or config.get(name) or {}
         for name in ("text_config", "vision_config")
     )
     for name, section in (("text_config", text), ("vision_config", vision)):
-        _expect(f"{name}.hidden_act", section.get("hidden_act", "quick_gelu"), "quick_gelu", "gelu")
-        _expect(f"{name}.layer_norm_eps", section.get("layer_norm_eps", EPS), EPS)
+        expect(f"{name}.hidden_act", section.get("hidden_act", "quick_gelu"), "quick_gelu", "gelu")
+        expect(f"{name}.layer_norm_eps", section.get("layer_norm_eps", EPS), EPS)
     # Sizes
     text_keys = {
         f"text.{ours}": text.get(theirs, default) for ours, (theirs, default) in TEXT.items()
     }
     vision_keys = {ours: vision.get(theirs, default) for ours, (theirs, default) in VISION.items()}
-    _expect(
+    expect(
         "text_config.intermediate_size",
         text.get("intermediate_size", 2048),
         4 * text_keys["text.width"],
     )
     tokenizer = _read_tokenizer(folder / TOKENIZER)
-    _expect(
+    expect(
         "text_config.eos_token_id",
         text.get("eos_token_id", 49_407),
         tokenizer.end,
@@ -131,26 +163,9 @@ def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _expect(key: str, value: Any, *allowed: Any) -> None:
-    near = isinstance(value, float) and any(
-        math.isclose(value, number, rel_tol=1e-4) for number in allowed
-    )
-    if value not in allowed and not near:
-        raise UserError(f"{key} is {value!r}; supported: {' or '.join(map(repr, allowed))}")
-
-
 def _image_keys(folder: Path, side: int) -> dict[str, Any]:
     """Recipe keys of the preprocessing, which must be CLIP's: resize, center crop, normalize."""
-    # Like transformers 5, prefer processor_config.json to the older file.
-    given = _read_json(folder / PROCESSOR).get("image_processor") or _read_json(
-        folder / PREPROCESSOR
-    )
-    if not given:
-        raise UserError(f"there is neither {PREPROCESSOR} nor an image_processor in {PROCESSOR}")
-    kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "CLIP"
-    if not kind.startswith("CLIP"):
-        raise UserError(f"its image processor is a {kind}, not CLIP's")
-    given = {**PREPROCESSING, **given}
+    given = image_settings(folder, "CLIP", PREPROCESSING)
     resized, *more = (
         given["size"].values() if isinstance(given["size"], Mapping) else [given["size"]]
     )
@@ -161,14 +176,8 @@ def _image_keys(folder: Path, side: int) -> dict[str, Any]:
     others = {"crop_size": (side, {"height": side, "width": side}), "resample": RESAMPLE.values()}
     for key, expected in PREPROCESSING.items():
         if key != "size" and not key.startswith("image_"):
-            _expect(f"image preprocessing: {key}", given[key], *others.get(key, (expected,)))
-    return {
-        **{"image.size": side, "image.mean": given["image_mean"], "image.std": given["image_std"]},
-        "image.interpolation": next(
-            name for name, number in RESAMPLE.items() if number == given["resample"]
-        ),
-        "image.crop_pct": side / resized,
-    }
+            expect(f"image preprocessing: {key}", given[key], *others.get(key, (expected,)))
+    return {**image_keys(side, given), "image.crop_pct": side / resized}
 
 
 def _read_tokenizer(file: Path) -> Tokenizer:
@@ -190,17 +199,16 @@ def _read_tokenizer(file: Path) -> Tokenizer:
     raise UserError(f"{file.name} is not CLIP's tokenizer, or one with its first merges")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
 class Huggingface(Format):
-    """Folders of transformers' `CLIPModel` and `CLIPProcessor`."""
+    """Folders of transformers' `CLIPModel` and `CLIPProcessor`, or of `SiglipModel` and `SiglipProcessor`."""
 
     name, library, linear = "huggingface", "transformers", True
 
     def holds(self, model: DualEncoder) -> None:
-        """Refuse towers other than CLIP's, and a bias of the text projection or of the logits."""
+        """Refuse towers other than CLIP's and SigLIP's, and what these lack, such as a bias of CLIP's logits."""
+        if model.has_text and isinstance(model.text_tower, SiglipTextTower):
+            siglip.refuse(model)
+            return
         text, keys = clip_text_tower(model), layouts.clip_keys(model.image_tower)
         if keys is None or "num_heads" not in keys["image.model_kwargs"]:
             kind = type(model.image_tower.trunk).__name__
@@ -216,23 +224,17 @@ class Huggingface(Format):
 
     def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
         """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
-        model, image = traced.model, traced.model.recipe.image
-        tensors = layouts.TRANSFORMERS.write(model.state_dict())
-        preprocessor = {
-            **{
-                "image_processor_type": "CLIPImageProcessor",
-                "processor_class": "CLIPProcessor",
-                "do_convert_rgb": True,
-            },
-            **{
-                **PREPROCESSING,
-                "resample": RESAMPLE[image.interpolation],
-                "size": {"shortest_edge": image.resize},
-            },
-            "crop_size": {"height": image.size, "width": image.size},
-            **{"image_mean": list(image.mean), "image_std": list(image.std)},
-        }
-        for file, content in ((CONFIG, _config(model)), (PREPROCESSOR, preprocessor)):
+        model = traced.model
+        if isinstance(model.text_tower, SiglipTextTower):
+            tensors = siglip.tensors_of(model)
+            config, preprocessor = (
+                siglip.config_of(model, model.text_tower),
+                siglip.preprocessor_of(model),
+            )
+        else:
+            tensors = layouts.TRANSFORMERS.write(model.state_dict())
+            config, preprocessor = _config(model), _preprocessor(model)
+        for file, content in ((CONFIG, config), (PREPROCESSOR, preprocessor)):
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_tokenizer(model.tokenizer, folder)
         save_tensors(
@@ -247,13 +249,29 @@ class Huggingface(Format):
 
         with quiet_transformers(f"transformers cannot read '{folder}'"):
             model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        # SigLIP's towers end with their projections
+        of_image = getattr(model, "visual_projection", nn.Identity())
+        of_text = getattr(model, "text_projection", nn.Identity())
         return ReadBack(
             f"transformers {transformers.__version__}",
-            lambda pixels: model.visual_projection(
-                model.vision_model(pixel_values=pixels).pooler_output
-            ),
-            lambda tokens: model.text_projection(model.text_model(input_ids=tokens).pooler_output),
+            lambda pixels: of_image(model.vision_model(pixel_values=pixels).pooler_output),
+            lambda tokens: of_text(model.text_model(input_ids=tokens).pooler_output),
         )
+
+
+def _preprocessor(model: DualEncoder) -> dict[str, Any]:
+    image = model.recipe.image
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "CLIPProcessor",
+        "do_convert_rgb": True,
+        **PREPROCESSING,
+        "resample": RESAMPLE[image.interpolation],
+        "size": {"shortest_edge": image.resize},
+        "crop_size": {"height": image.size, "width": image.size},
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
 
 
 def _config(model: DualEncoder) -> dict[str, Any]:

@@ -225,6 +225,16 @@ TRANSFORMERS = TensorLayout(
 )
 """transformers' `CLIPModel`."""
 
+SIGLIP = TensorLayout(
+    (
+        ("image_tower.trunk.", "vision_model."),
+        ("text_tower.text_projection.", "text_model.head."),
+        ("text_tower.trunk.", "text_model."),
+    ),
+    {name: lambda number: number.reshape(1) for name in ("logit_scale", "logit_bias")},
+)
+"""transformers' `SiglipModel`."""
+
 OFFICIAL_TEXT = TensorLayout((("text_tower.", "encode_text."),), mask=True)
 """The text tower of DeCLIP's official code, with `<|mask|>` moved to the end of its vocabulary."""
 

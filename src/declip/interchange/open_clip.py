@@ -36,7 +36,7 @@ from declip.io.text import one_line
 from declip.models import hf_encoder
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import HuggingfaceTextTower
-from declip.models.wrapped import WrappedModel, WrappedTextTower, library_state
+from declip.models.wrapped import WrappedOpenClip, WrappedTextTower, library_state
 from declip.recipe.load import load_recipe
 
 __all__ = ["OpenClip", "matches", "read"]
@@ -323,7 +323,7 @@ def _express(model: DualEncoder, repo: str) -> tuple[dict[str, Any], dict[str, T
 
 
 def _express_wrapped(
-    model: DualEncoder, stored: WrappedModel
+    model: DualEncoder, stored: WrappedOpenClip
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {
         f"{prefix}{name}": tensor

@@ -28,7 +28,7 @@ from declip.interchange.weights import (
 from declip.io.hub import fetch, online
 from declip.io.progress import quiet
 from declip.models.layers import IMAGE, TEXT
-from declip.models.wrapped import WrappedImageTower, WrappedModel, WrappedTextTower, plain
+from declip.models.wrapped import WrappedOpenClip, plain
 from declip.recipe.load import load_recipe
 
 log = logging.getLogger("declip")
@@ -240,7 +240,7 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
             f"its images are resized {prepared.resize_mode} to {prepared.size}, not to a square"
         )
     size, text = sides.pop(), config["text_cfg"]
-    stored = WrappedModel(
+    stored = WrappedOpenClip(
         config,
         {"squash": prepared.resize_mode == "squash"},
         _tokenizer_arguments(opened.tokenizer, text),
@@ -254,17 +254,14 @@ def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
         own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
         module.load_state_dict(own, assign=True)
     tokenizer = WrappedTokenizer(**stored.tokenizer)
-    towers = {
-        IMAGE: WrappedImageTower(modules[0], config["embed_dim"]),
-        TEXT: WrappedTextTower(modules[1], tokenizer, stored),
-    }
+    towers = stored.towers(modules, tokenizer)
     tensors = {
         f"{start}{n}": t.detach()
-        for start, tower in towers.items()
+        for start, tower in zip((IMAGE, TEXT), towers, strict=True)
         for n, t in tower.state_dict().items()
     }
     tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
-    name = PREFIX + _short_name(opened.name)
+    name = PREFIX + short_name(opened.name)
     keys = {
         **{
             "name": "from-open-clip",
@@ -295,7 +292,7 @@ def image_keys(opened: OpenClipModel, size: int) -> dict[str, Any]:
     }
 
 
-def _short_name(name: str) -> str:
+def short_name(name: str) -> str:
     """The name of a model, a folder or, in the Hub's cache, a repository."""
     parts = Path(name.removeprefix(FOLDER)).parts
     return next(

@@ -67,7 +67,8 @@ def load(
 
             - a `Run` or its folder (its best checkpoint, else the newest undamaged one), or a checkpoint folder in it;
             - a `FittedRun` or its folder, whose base must be where it was;
-            - a file or folder that `declip.export` wrote, or a folder of open_clip or of transformers' `CLIPModel`;
+            - a file or folder that `declip.export` wrote, or a folder of open_clip or of transformers'
+              `CLIPModel` or `SiglipModel`;
             - a checkpoint of the official implementation (``.pth``, ``.pth.tar``, ``.pt``, ``.safetensors``) with both
               towers or the image tower alone;
             - ``hf-hub:OWNER/NAME`` or ``hf-hub:OWNER/NAME@REVISION``, in any of these formats;

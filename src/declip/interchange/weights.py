@@ -25,8 +25,9 @@ from declip.io.yaml_dialect import read_yaml
 from declip.models.dual_encoder import DualEncoder, PublishedHeads, Towers
 from declip.models.hf_encoder import TextEncoder
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT, adapted, add_adapters, merge_adapters
+from declip.models.stored import encoder_kept_in
 from declip.models.token_scorer import TokenHead, TokenScorer
-from declip.models.wrapped import WrappedModel, encoder_kept_in
+from declip.models.wrapped import WrappedModel
 from declip.recipe.schema import Recipe
 
 LAYER_KEY = re.compile(r"(layers|depths?|blocks)$")

@@ -22,7 +22,7 @@ from declip.models.hf_encoder import HuggingfaceTextTower, TextEncoder, read_enc
 from declip.models.image_tower import ImageFeatures, ImageTower
 from declip.models.text_tower import AnyTextTower, TextTower
 from declip.models.token_scorer import TokenScorer
-from declip.models.wrapped import WrappedImageTower, WrappedModel, WrappedTextTower
+from declip.models.wrapped import WrappedModel
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import NAMED
 
@@ -94,12 +94,11 @@ class DualEncoder(nn.Module, Complete):
         self.preprocessor = Preprocess(image.size, image.mean, image.std, **prepared)
 
     def _wrap(self, model: WrappedModel) -> None:
-        """Build the towers of a model of open_clip."""
-        visual, words = model.build(self.recipe.image.size)
-        self.image_tower = WrappedImageTower(visual, self.recipe.embed_dim)
+        """Build the towers of a model of another library."""
+        modules = model.build(self.recipe.image.size)
         tokenizer = WrappedTokenizer(**model.tokenizer)
         self.tokenizer = tokenizer
-        self.text_tower = WrappedTextTower(words, tokenizer, model)
+        self.image_tower, self.text_tower = model.towers(modules, tokenizer)
         if self.recipe.views.text.mask:
             self.text_tower.language_head()  # raises
 

@@ -110,6 +110,7 @@ class ImageTower(nn.Module):
     has_batch_norm: bool  # whether features depend on the other images of a batch in training
     proj: Any  # a linear map, or one with class posteriors or neighbors
     gives_tokens = True  # beside the pooled feature, one for each patch or cell
+    timm_prefix: str | None = "trunk."  # of the parameters of a timm model; None for another's
 
     def __init__(
         self,

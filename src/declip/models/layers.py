@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from declip.errors import check_installed
 from declip.models.dual_encoder import DualEncoder
 from declip.models.text_tower import CausalSelfAttention
-from declip.models.wrapped import WrappedImageTower
 from declip.recipe.schema import LoRA
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -123,13 +122,8 @@ def depths(model: DualEncoder) -> dict[str, int]:
     The stem (patch or word embedding, positions) has index 0, block after block has 1, 2, …, and the last norm and
     projection one more than the last block. In networks with stages, blocks count through all of them.
     """
-    tower, trunk = model.image_tower, model.image_tower.trunk
-    if not isinstance(tower, WrappedImageTower):
-        image = _timm(tower, trunk, "trunk.")
-    elif tower.is_timm:
-        image = _timm(tower, trunk.trunk, "trunk.trunk.")
-    else:
-        image = _counted(tower)
+    tower = model.image_tower
+    image = _timm(tower, tower.timm_prefix) if tower.timm_prefix else _counted(tower)
     text = _counted(model.text_tower)
     return {IMAGE + n: depth for n, depth in image.items()} | {
         TEXT + n: depth for n, depth in text.items()
@@ -141,9 +135,10 @@ def blocks(depth_of: Mapping[str, int], tower: str) -> int:
     return max((depth for name, depth in depth_of.items() if name.startswith(tower)), default=1) - 1
 
 
-def _timm(tower: nn.Module, trunk: Any, prefix: str) -> dict[str, int]:
+def _timm(tower: nn.Module, prefix: str) -> dict[str, int]:
     from timm.models import group_parameters
 
+    trunk: Any = tower.get_submodule(prefix.removesuffix("."))
     groups: dict[str, int] = group_parameters(
         trunk, trunk.group_matcher(coarse=False), reverse=True
     )

@@ -1,4 +1,4 @@
-"""Models whose towers are open_clip's own modules, with their configuration kept with the weights.
+"""Models whose towers are another library's own modules, with their configuration kept with the weights.
 
 Parameters keep the names that they have there. No code from a configuration is run, and no file or address in it is
 opened.
@@ -7,11 +7,12 @@ opened.
 import json
 import re
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError, check_installed
-from declip.models.hf_encoder import ENTRY, TextEncoder, check_context
+from declip.models.hf_encoder import check_context
 from declip.models.image_tower import ImageTower, grid_tokens
 from declip.models.text_tower import AnyTextTower, SelfContained
 
 
 @dataclass(frozen=True)
-class WrappedModel:
-    """A model of open_clip without its weights."""
+class WrappedModel(ABC):
+    """A model of another library without its weights."""
 
-    config: Mapping[str, Any]  # "model_cfg"
+    config: Mapping[str, Any]  # of the library; open_clip's "model_cfg"
     image: Mapping[str, Any]  # "squash": arguments of `Preprocess`
     tokenizer: Mapping[str, Any]  # arguments of `WrappedTokenizer`
     # Configuration of a Hugging Face text encoder inside open_clip's model
@@ -40,17 +41,33 @@ class WrappedModel:
         content = json.dumps(asdict(self)).encode()
         return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
-    @classmethod
-    def from_tensor(cls, stored: Tensor) -> "WrappedModel":
-        """Read the result of `to_tensor`; raises exceptions of any kind where the bytes are something else."""
-        return cls(**json.loads(stored.numpy().tobytes()))
-
-    def with_context(self, length: int) -> "WrappedModel":
+    def with_context(self, length: int) -> Self:
         """Give the same model for captions of another length in tokens."""
         if length == self.tokenizer["context"]:
             return self
-        config = {**self.config, "text_cfg": {**self.config["text_cfg"], "context_length": length}}
-        return replace(self, config=config, tokenizer={**self.tokenizer, "context": length})
+        tokenizer = {**self.tokenizer, "context": length}
+        return replace(self, config=self._config_for(length), tokenizer=tokenizer)
+
+    @abstractmethod
+    def _config_for(self, length: int) -> dict[str, Any]:
+        """The configuration for captions of another length in tokens."""
+
+    @abstractmethod
+    def build(self, size: int) -> tuple[nn.Module, nn.Module]:
+        """Build the library's image and text modules for an image size, with random weights."""
+
+    @abstractmethod
+    def towers(
+        self, modules: tuple[nn.Module, nn.Module], tokenizer: WrappedTokenizer
+    ) -> tuple[ImageTower, AnyTextTower]:
+        """Make towers of the modules, which are changed."""
+
+
+class WrappedOpenClip(WrappedModel):
+    """A model of open_clip without its weights."""
+
+    def _config_for(self, length: int) -> dict[str, Any]:
+        return {**self.config, "text_cfg": {**self.config["text_cfg"], "context_length": length}}
 
     def build(self, size: int) -> tuple[nn.Module, nn.Module]:
         """Build open_clip's image and text modules for an image size, with random weights."""
@@ -84,6 +101,16 @@ class WrappedModel:
                 tower.output_tokens = True
         return model.visual, model.text
 
+    def towers(
+        self, modules: tuple[nn.Module, nn.Module], tokenizer: WrappedTokenizer
+    ) -> "tuple[WrappedImageTower, WrappedTextTower]":
+        """Make towers of the modules, which are changed."""
+        image, text = modules
+        return (
+            WrappedImageTower(image, self.config["embed_dim"]),
+            WrappedTextTower(text, tokenizer, self),
+        )
+
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers, texts and sections of a configuration, without the keys by which transformers reads files or code."""
@@ -94,21 +121,6 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if isinstance(name, str) and isinstance(value, kept) and not re.match(left_out, name)
     }
-
-
-def encoder_kept_in(weights: Mapping[str, Tensor], path: Path) -> TextEncoder | WrappedModel:
-    """Read the encoder, or the wrapped model, stored with a model's weights.
-
-    `text.hf_model` is never read instead: the recipe may be a stranger's.
-    """
-    try:
-        stored = weights[ENTRY]
-        kind = WrappedModel if "image" in json.loads(stored.numpy().tobytes()) else TextEncoder
-        return kind.from_tensor(stored)
-    except Exception as error:  # JSON of any shape
-        raise UserError(
-            f"The text encoder's configuration in '{path}' is missing or damaged."
-        ) from error
 
 
 class WrappedImageTower(ImageTower):
@@ -122,6 +134,7 @@ class WrappedImageTower(ImageTower):
         nn.Module.__init__(self)
         name, self.trunk = "proj", module
         self.is_timm = hasattr(module, "trunk")
+        self.timm_prefix = "trunk.trunk." if self.is_timm else None
         self.gives_tokens = not hasattr(module, "attnpool")  # one token per patch, unlike a ResNet
         if self.is_timm and not hasattr(module.head, "pool"):
             classifier = module.trunk.get_classifier()
@@ -152,10 +165,20 @@ class WrappedImageTower(ImageTower):
         return out if self.gives_tokens else (out, out.unsqueeze(1))
 
 
-class WrappedTextTower(SelfContained, AnyTextTower):
+class LibraryTextTower(SelfContained, AnyTextTower):
+    """A text module of another library."""
+
+    def language_head(self) -> nn.Module:
+        """Refuse a masked-language head: the vocabulary has no mask that the tower knows."""
+        raise UserError(
+            "This text tower has no mask token. Leave out masked_language and views.text.mask."
+        )
+
+
+class WrappedTextTower(LibraryTextTower):
     """A text module of open_clip, with what follows its pooling as `text_projection`."""
 
-    def __init__(self, module: Any, tokenizer: WrappedTokenizer, stored: WrappedModel) -> None:
+    def __init__(self, module: Any, tokenizer: WrappedTokenizer, stored: WrappedOpenClip) -> None:
         super().__init__()
         self.trunk, self.wrapped, self.stored = module, stored, stored.to_tensor()
         self.padding, self.end, self.context = tokenizer.padding, tokenizer.end, tokenizer.context
@@ -186,12 +209,6 @@ class WrappedTextTower(SelfContained, AnyTextTower):
             tokens = F.pad(tokens, (0, self.context - length), value=self.padding)
         pooled, states = self.trunk(tokens)
         return pooled, states[:, :length], end + 1
-
-    def language_head(self) -> nn.Module:
-        """Refuse a masked-language head: the vocabulary has no mask that the tower knows."""
-        raise UserError(
-            "This text tower has no mask token. Leave out masked_language and views.text.mask."
-        )
 
 
 def library_state(

@@ -28,8 +28,8 @@ def no_model(given: str) -> UserError:
     hub = f" Did you mean '{meant}'?" if meant else ""
     return UserError(
         f"Cannot find the model '{given}'.{hub} Give a run folder, a checkpoint folder, a weights file, a folder of "
-        "transformers' CLIPModel or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG, timm:NAME.TAG, "
-        "builtin:lite2-minilm or FILE.py:function."
+        "transformers' CLIPModel or SiglipModel, or of open_clip, hf-hub:OWNER/NAME, open_clip:MODEL/TAG, "
+        "timm:NAME.TAG, builtin:lite2-minilm or FILE.py:function."
     )
 
 

@@ -23,7 +23,8 @@ from declip.evaluation.results import Result, read_result
 from declip.io.atomic import write_text
 from declip.io.outputs import check_folder
 from declip.models.hf_encoder import ENTRY, TextEncoder
-from declip.models.wrapped import WrappedModel, encoder_kept_in
+from declip.models.stored import encoder_kept_in
+from declip.models.wrapped import WrappedModel
 from declip.recipe.load import flat
 from declip.recipe.schema import Recipe, TextTowerConfig
 from declip.runs.checkpoint import WEIGHTS, Checkpoint, list_checkpoints, newest_good

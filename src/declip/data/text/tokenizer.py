@@ -224,8 +224,9 @@ class HuggingfaceTokenizer(CaptionTokenizer):
         return self.library.decode(ids, skip_special_tokens=False).strip()
 
 
-# Cleaning before the tokenizer, by open_clip's names.
+# Cleaning before the tokenizer, by open_clip's names; "" is none.
 CLEAN: Mapping[str, Callable[[str], str]] = {
+    "": str,
     "whitespace": fix,
     "lower": clean,
     "canonicalize": lambda text: " ".join(clean(text).translate(PUNCTUATION).split()),

@@ -1,0 +1,55 @@
+"""Files of a folder of transformers: configuration, image processor."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from declip.errors import UserError
+
+CONFIG, FILE = "config.json", "model.safetensors"
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+RESAMPLE = {"bilinear": 2, "bicubic": 3}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Content of a JSON file, {} if there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def expect(key: str, value: Any, *allowed: Any) -> None:
+    """Refuse a value that is neither allowed nor close to an allowed number."""
+    near = isinstance(value, float) and any(
+        math.isclose(value, number, rel_tol=1e-4) for number in allowed
+    )
+    if value not in allowed and not near:
+        raise UserError(f"{key} is {value!r}; supported: {' or '.join(map(repr, allowed))}")
+
+
+def image_settings(folder: Path, kind: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the image processor, which must be of a kind, with the defaults of transformers."""
+    # Like transformers 5, prefer processor_config.json to the older file.
+    given = read_json(folder / PROCESSOR).get("image_processor")
+    given = given or read_json(folder / PREPROCESSOR)
+    if not given:
+        raise UserError(f"there is neither {PREPROCESSOR} nor an image_processor in {PROCESSOR}")
+    named = given.get("image_processor_type") or given.get("feature_extractor_type") or kind
+    if not named.startswith(kind):
+        raise UserError(f"its image processor is a {named}, not {kind}'s")
+    return {**defaults, **given}
+
+
+def image_keys(side: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe keys of an image processor's normalization and interpolation, and of the image size."""
+    names = {number: name for name, number in RESAMPLE.items()}
+    return {
+        "image.size": side,
+        "image.mean": given["image_mean"],
+        "image.std": given["image_std"],
+        "image.interpolation": names[given["resample"]],
+    }
