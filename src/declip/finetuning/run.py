@@ -5,7 +5,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from declip.data.columns import Columns
 from declip.data.pair import PairSource
@@ -39,6 +39,9 @@ from declip.runs.folder import LOCK, Run, lock_folder, log
 from declip.training import distributed
 from declip.training.distributed import HostGroup
 from declip.training.pairs import open_training_source
+
+if TYPE_CHECKING:
+    from declip.training.state import Prepared
 
 ANY_PAIRS = 1_000  # a number of pairs to check keys with, before the pairs are read
 
@@ -229,32 +232,18 @@ def _train_towers(
     from declip.finetuning.outputs import write_finetuned
     from declip.finetuning.wise_ft import mix_with_start
     from declip.training.assemble import assemble
-    from declip.training.state import NOTHING_PREPARED, Extensions, Prepared
+    from declip.training.state import NOTHING_PREPARED, Extensions
     from declip.training.trainer import Trainer
 
-    request = start.request
     with ExitStack() as held:
-        prepared = NOTHING_PREPARED
-        # --- the recipe; rank 0 alone writes, and only into a folder that it holds
+        # Rank 0 alone writes, and only into a folder that it holds
         hosts.on_rank_zero(partial(held.enter_context, lock_run_folder(folder)))
         if resume and (folder / RECIPE).is_file():
-            recipe = moved_lists(load_recipe(folder / RECIPE, request.keys), folder)
-            hosts.on_rank_zero(partial(_refuse_others, recipe, request))
+            recipe = moved_lists(load_recipe(folder / RECIPE, start.request.keys), folder)
+            hosts.on_rank_zero(partial(_refuse_others, recipe, start.request))
+            prepared = NOTHING_PREPARED
         else:
-            split: Split | None = None
-
-            def choose() -> tuple[Recipe, Lists]:
-                nonlocal split
-                recipe, split = training_recipe(start, folder, progress, sources)
-                return recipe, split.lists
-
-            recipe, lists = hosts.on_rank_zero(choose)
-            if split is not None:
-                sources = split.sources
-                prepared = Prepared(split.held_out, start.weights, lists)
-            else:  # another rank, which opens the lists by name
-                sources = open_lists(lists, sources)
-        # --- the run
+            recipe, prepared, sources = _prepare(start, folder, progress, sources, hosts)
         state = assemble(recipe, folder, resume, Extensions(sources=sources), prepared)
         if distributed.is_rank_zero():
             for warning in caption_warnings(state.source, state.model.tokenizer):
@@ -267,6 +256,26 @@ def _train_towers(
             write_finetuned(folder, model if mixed is None else mixed, state.held_out)
 
         return Trainer(state, progress).train(finish)
+
+
+def _prepare(
+    start: Start, folder: Path, progress: bool, sources: Sources, hosts: HostGroup
+) -> "tuple[Recipe, Prepared, Sources]":
+    """The recipe of a new run, what rank 0 opened to choose its pairs, and the sources that it names."""
+    from declip.training.state import NOTHING_PREPARED, Prepared
+
+    chosen = list[Split]()  # on rank 0
+
+    def choose() -> tuple[Recipe, Lists]:
+        recipe, split = training_recipe(start, folder, progress, sources)
+        chosen.append(split)
+        return recipe, split.lists
+
+    recipe, lists = hosts.on_rank_zero(choose)
+    if not chosen:  # another rank, which opens the lists by name
+        return recipe, NOTHING_PREPARED, open_lists(lists, sources)
+    (split,) = chosen
+    return recipe, Prepared(split.held_out, start.weights, lists), split.sources
 
 
 @contextmanager
@@ -286,36 +295,36 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 def _refuse_others(recipe: Recipe, request: Request) -> None:
     """Refuse to resume a run of another request."""
-
-    def source_of(name: str) -> str:
-        path = Path(name).expanduser()
-        return (
-            read_pair_list(path).source
-            if path.suffix == LIST_KIND and path.is_file()
-            else absolute(name)
-        )
-
-    # One pair, twice
-    named = recipe.data.source if isinstance(recipe.data.source, str) else recipe.data.source[0]
+    sources = recipe.data.source
+    named = sources if isinstance(sources, str) else sources[0]  # of one pair twice
     if named.endswith(LIST_KIND) and not Path(named).is_file():
         raise UserError(
             f"There is no '{named}', the list of this run's pairs. Rename its folder back, and run from the "
             "same working folder."
         )
-    tune, sets = recipe.finetune, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot)
-    weights, freeze = request.weights, request.freeze
-    others = {
-        f"PAIRS={request.pairs}": source_of(request.pairs) != source_of(named),
-        f"--from {weights}": weights is not None
-        and absolute(weights) != absolute(tune.pretrained or ""),
-        **{f"--val {name}": absolute(name) not in map(absolute, sets) for name in request.val},
-        f"--freeze {freeze}": freeze
-        and FREEZE.get(freeze) != (tune.freeze_image_blocks, tune.freeze_text_blocks),
-    }
-    if other := [name for name, differs in others.items() if differs]:
+    tune, weights, freeze = recipe.finetune, request.weights, request.freeze
+    others = []
+    if _source_of(request.pairs) != _source_of(named):
+        others.append(f"PAIRS={request.pairs}")
+    if weights is not None and absolute(weights) != absolute(tune.pretrained or ""):
+        others.append(f"--from {weights}")
+    sets = {*map(absolute, (*recipe.evaluation.retrieval, *recipe.evaluation.zero_shot))}
+    others += [f"--val {name}" for name in request.val if absolute(name) not in sets]
+    frozen = tune.freeze_image_blocks, tune.freeze_text_blocks
+    if freeze and FREEZE.get(freeze) != frozen:
+        others.append(f"--freeze {freeze}")
+    if others:
         raise UserError(
-            f"{other[0]} is not what this run was started with. Give another --out, without --resume."
+            f"{others[0]} is not what this run was started with. Give another --out, without --resume."
         )
+
+
+def _source_of(name: str) -> str:
+    """The source of a list of pairs, or the name itself, from the root."""
+    path = Path(name).expanduser()
+    if path.suffix == LIST_KIND and path.is_file():
+        return read_pair_list(path).source
+    return absolute(name)
 
 
 def training_recipe(
