@@ -211,9 +211,10 @@ def test_the_code_of_a_card_computes_the_same_features(folder, tmp_path):
     out = export_exactly(model, "huggingface", tmp_path / "out")
     path = tmp_path / "picture.png"
     pictures()[0].save(path)
-    by_code = torch.cat(features_of_card(out, path, CAPTIONS, out))
-    images = model.preprocess(str(path))
-    assert largest(by_code, embeddings(model, images)) <= EXACT
+    short = ["a red circle", "a dog"]  # than the context
+    images, texts = features_of_card(out, path, short, out)
+    assert largest(images, model.encode_image(str(path))) <= EXACT
+    assert largest(texts, model.encode_text(short)) <= EXACT
 
 
 def test_sizes_of_images_and_captions_can_change(folder, table, tmp_path):
@@ -261,6 +262,17 @@ def test_heads_of_a_fit_are_held_by_formats_that_have_a_projection_of_images(fol
     assert largest(embeddings(declip.load(out, device="cpu"), pixels), expected) <= EXACT
     refuses(
         "huggingface: .*projection of images", declip.export, model, "huggingface", tmp_path / "no"
+    )
+
+
+def test_open_clip_has_other_activations(folder, tmp_path):
+    model = declip.load(folder, device="cpu")
+    refuses(
+        "open_clip: .*activation.*onnx and huggingface",
+        declip.export,
+        model,
+        "open_clip",
+        tmp_path / "no",
     )
 
 

@@ -36,6 +36,7 @@ from declip.io.text import one_line
 from declip.models import hf_encoder
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import HuggingfaceTextTower
+from declip.models.siglip import SiglipTextTower
 from declip.models.wrapped import WrappedOpenClip, WrappedTextTower, library_state
 from declip.recipe.load import load_recipe
 
@@ -287,6 +288,12 @@ def text_encoder(model: DualEncoder) -> Mapping[str, Any] | None:
 def _express(model: DualEncoder, repo: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Build open_clip's configuration and tensors; `repo` is the repository of the files, or `HERE`."""
     layouts.refuse_one_tower(model)
+    if isinstance(model.text_tower, SiglipTextTower):
+        raise Refusal(
+            "open_clip builds SigLIP's image tower by timm's name, most of them with another activation than "
+            "transformers; the formats onnx and huggingface hold its towers, and open_clip those of "
+            "--from open_clip:ViT-B-16-SigLIP2/webli"
+        )
     recipe = model.recipe
     # Towers of open_clip go back as they came; CLIP's are renamed.
     if isinstance(model.text_tower, WrappedTextTower):

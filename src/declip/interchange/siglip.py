@@ -129,9 +129,8 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
         )
     if padding is None:
         raise UserError(f"its tokenizer has no pad_token in {TOKENIZER_CONFIG}")
-    if settings.get(
-        "do_lower_case"
-    ):  # as SigLIP 2 was trained; transformers' GemmaTokenizer ignores it
+    # As SigLIP 2 was trained; transformers' GemmaTokenizer ignores it
+    if settings.get("do_lower_case"):
         definition = _cleaned(read_definition(definition), [normalizers.Lowercase()])
     return {"definition": definition, "padding": padding}
 
