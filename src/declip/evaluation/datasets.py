@@ -45,11 +45,12 @@ class Dataset:
                 f"'{self.name}' has no {which} split. It has: {', '.join(self.openers)}."
             )
         if which not in self._opened:
-            self._opened[which] = self.openers[which]()
-        if len(self._opened[which]) == 0:
-            raise UserError(
-                f"'{self.name}' has no pairs in its {which} split. Use another dataset."
-            )
+            source = self.openers[which]()
+            if len(source) == 0:
+                raise UserError(
+                    f"'{self.name}' has no pairs in its {which} split. Use another dataset."
+                )
+            self._opened[which] = source
         return self._opened[which]
 
 
@@ -130,16 +131,19 @@ def _by_name(given: str, label_column: str | None, columns: Columns, sources: So
     known = given.startswith(PREFIX) or given in sources or names_plugin(given)
     known = known or Path(given).expanduser().exists()
     if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not known:
-        raise unknown("dataset", name, [*NAMED, BUILTIN, *plugins("sources")])
+        raise unknown("dataset", name, {*NAMED, BUILTIN, *plugins("sources")})
     return _unnamed(open_source(given, columns, sources), given)
 
 
 def _unnamed(source: PairSource, name: str = "") -> Dataset:
     """A dataset of the pairs of the split "test" of a source that has one, else of all."""
-    if "test" in (splits := splits_of(source)):
+    name = name or source.name
+    emoji = source.name.startswith(("builtin:emoji", "builtin:icons"))
+    splits = splits_of(source)
+    if "test" in splits:
         source = Subset(source, splits["test"], f"{source.name} (test)")
     openers = {**source.other_splits, "test": lambda: source}
-    return Dataset(name or source.name, openers, _templates(source.name))
+    return Dataset(name, openers, "emoji" if emoji else "plain")
 
 
 def _read(name: str, files: str, read: Callable[[], PairSource]) -> PairSource:
@@ -154,7 +158,3 @@ def _read(name: str, files: str, read: Callable[[], PairSource]) -> PairSource:
             f"The files of '{name}' are incomplete, damaged or not the published ones ({type(error).__name__}: "
             f"{reason}). Expected in that folder: {files}. Unpack the original archives."
         ) from error
-
-
-def _templates(name: str) -> str:
-    return "emoji" if name.startswith(("builtin:emoji", "builtin:icons")) else "plain"

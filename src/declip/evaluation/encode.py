@@ -160,7 +160,7 @@ def encode_source(
         indices = range(len(source))
     chosen = np.asarray(indices, dtype=np.int64)
     batches = np.split(chosen, range(how.batch_size, len(chosen), how.batch_size))
-    read_row = _read_row if exact else _read_lazy_row
+    read_row = partial(_read_row, exact)
 
     def encode_own() -> list[tuple[Tensor, list[Any], SkipCounter]]:
         own = how.share.own(batches)
@@ -191,16 +191,13 @@ def _with_texts(model: Encoder, encoded: SourceFeatures, how: Batching) -> Sourc
     return replace(encoded, texts=features, truncated=_count_truncated(model, captions))
 
 
-def _read_row(source: PairSource, index: int) -> tuple[Image.Image, tuple[int, tuple[str, ...]]]:
+def _read_row(
+    exact: bool, source: PairSource, index: int
+) -> tuple[Given, tuple[int, tuple[str, ...]]]:
     pair = source[index]
     captions = pair.captions()
-    return pair.open().decoded(), (index, captions)
-
-
-def _read_lazy_row(source: PairSource, index: int) -> tuple[LazyImage, tuple[int, tuple[str, ...]]]:
-    pair = source[index]
-    captions = pair.captions()
-    return pair.open(), (index, captions)
+    image = pair.open()
+    return image.decoded() if exact else image, (index, captions)
 
 
 def _count_truncated(model: Encoder, texts: Sequence[str]) -> int:
@@ -247,7 +244,7 @@ def encode_batches(
             skipped.merge(broken)
         features = torch.empty(0)
         if rows:
-            whole = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+            whole = pixels[0] if len(pixels) == 1 else torch.cat(pixels)  # without a copy of one
             features = image_features(model, whole, encode_all, unit=encode is None)
         yield features, rows, skipped
 
@@ -263,7 +260,8 @@ def image_features(
 
 def check_widths(queries: Tensor, candidates: Tensor) -> None:
     """Raise a `UserError` unless embeddings (…, d) of images and texts are as wide, so that they can be compared."""
-    one, other = queries.shape[-1], candidates.shape[-1]
+    one = queries.shape[-1]
+    other = candidates.shape[-1]
     if one != other:
         raise UserError(
             f"Embeddings of {one} and {other} numbers cannot be compared: a model needs equal widths for images and "

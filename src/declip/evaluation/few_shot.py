@@ -26,15 +26,8 @@ from declip.models.inference import chunked, normalized
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 100.0)  # the last are class means
 NAME_WEIGHTS = (0.0, 1.0, 4.0, 16.0)  # κ, in images
-SCALES = (
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-    16.0,
-    32.0,
-    64.0,
-)  # candidates for the factor of scores before the softmax
+# Candidates for the factor of scores before the softmax
+SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 FOLDS = 5
 FEWEST = 2  # images per class from which on the settings are weighted
 TEMPERATURE = 4.0  # of the weights: images of a class are not independent
@@ -112,8 +105,7 @@ def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
 def halves(images: Tensor, width: int) -> Tensor:
     """(n, v + d), both halves with length 1; of features without negative values, as after a ReLU, the square roots."""
     # Roots are worth half a point of top-1: few large activations count less.
-    before = images[:, :width]
-    embedded = images[:, width:]
+    before, embedded = images.tensor_split([width], dim=1)
     if width:
         rectified = before.amin(dim=1, keepdim=True) >= 0
         before = torch.where(rectified, before.clamp(min=0).sqrt(), before)
@@ -128,7 +120,7 @@ def _joined(before: Tensor, embedded: Tensor) -> Tensor:
 def centered(images: Tensor, center: Tensor, width: int) -> Tensor:
     """(n, v + d), the directions of both halves from the center."""
     moved = halves(images, width) - center
-    return _joined(moved[:, :width], moved[:, width:])
+    return _joined(*moved.tensor_split([width], dim=1))
 
 
 def center_of(examples: Examples) -> Tensor:
@@ -171,9 +163,10 @@ def fit_forms(
 def _column_factors(columns: int, width: int, kappa: float) -> Tensor:
     """(v + d,), factors of features; names have nothing in the first `width`, before the projection."""
     factors = torch.ones(columns)
-    if width:
-        factors[:width] = 0.5**0.5 if kappa else 1.0
-        factors[width:] = 0.5**0.5 if kappa else 0.0
+    if width and kappa:
+        factors *= 0.5**0.5
+    elif width:
+        factors[width:] = 0.0
     return factors
 
 
@@ -276,11 +269,9 @@ def fit_few_shot(
 
 def measured_images(labels: Tensor, folds: Tensor) -> Tensor:
     """(n,) bool, whether other folds have images of the same class, to learn it from."""
-    measured = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        own = labels == label
-        measured[own] = len(folds[own].unique()) > 1
-    return measured
+    distinct = torch.stack([labels, folds]).unique(dim=1)
+    folds_of_class = torch.bincount(distinct[0])
+    return folds_of_class[labels] > 1
 
 
 def class_folds(labels: Tensor, groups: np.ndarray, seed: int = 0) -> Tensor:
@@ -300,11 +291,11 @@ def cross_validate(examples: Examples, forms: Iterable[FewShotForm], folds: Tens
     scores = torch.empty(len(forms), len(folds), len(examples.names))
     for fold in folds.unique():
         out = folds == fold
-        center = center_of(examples.take(~out))
+        rest = examples.take(~out)
+        center = center_of(rest)
         images = centered(examples.images[out], center, examples.width)
-        weights = fit_forms(examples.take(~out), center, forms)
-        by_form = [images @ weights[form].mT for form in forms]
-        scores[:, out] = torch.stack(by_form)
+        weights = fit_forms(rest, center, forms)
+        scores[:, out] = torch.stack([images @ weights[form].mT for form in forms])
     return scores
 
 

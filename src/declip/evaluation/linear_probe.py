@@ -59,10 +59,9 @@ class LogisticFit:
         known = torch.isin(labels, self.present)
         targets = torch.searchsorted(self.present, labels).where(known, -1)
         size = max(1, BLOCK // len(self.present))
-        blocks = zip(rows.features.split(size), targets.split(size), strict=True)
         right = []
         total = 0.0
-        for part, wanted in blocks:
+        for part, wanted in zip(rows.features.split(size), targets.split(size), strict=True):
             scores = self.scores(part)
             best = scores.max(1)
             right.append((best.indices == wanted) & ~best.values.isnan())
@@ -164,8 +163,7 @@ class LogisticProblem:
         total.backward()
         total = total.detach()
         size = max(1, BLOCK // len(weight))
-        blocks = zip(self.rows.split(size), self.labels.split(size), strict=True)
-        for features, labels in blocks:
+        for features, labels in zip(self.rows.split(size), self.labels.split(size), strict=True):
             # float64 before the softmax: 1 - p would lose all digits where p is nearly 1.
             scores = (features @ weight.to(features).T).double()
             part = cross_entropy(scores, labels, reduction="sum") / len(self.labels)
@@ -187,11 +185,8 @@ def check_splits(dataset: Dataset, task: str) -> dict[str, LabeledSource]:
         raise UserError(
             f"'{dataset.name}' has no train split, which '{task}' requires. Use the task 'zero-shot' or 'retrieval'."
         )
-    splits = {
-        which: with_classes(dataset.split(which))
-        for which in ("train", "validation", "test")
-        if which in dataset.openers
-    }
+    present = [which for which in ("train", "validation", "test") if which in dataset.openers]
+    splits = {which: with_classes(dataset.split(which)) for which in present}
     names = tuple(splits["test"].class_names)
     if any(tuple(source.class_names) != names for source in splits.values()):
         raise UserError(
@@ -239,9 +234,9 @@ def linear_probe(
         parts |= {"validation": train.take(chosen), "train": train.take(~chosen)}
     # --- C, on the training images alone; then the last fit, on training and validation images
     best = sweep(LogisticProblem(*parts["train"], device), parts["validation"], dataset.metric)
-    features, labels = (
-        torch.cat(both) for both in zip(parts["train"], parts["validation"], strict=True)
-    )
+    both = parts["train"], parts["validation"]
+    features = torch.cat([part.features for part in both])
+    labels = torch.cat([part.labels for part in both])
     problem = LogisticProblem(features, labels, device)
     # A class with validation images only adds a row of weights to the last fit.
     same = len(problem.present) == len(best.present)
@@ -277,8 +272,8 @@ def sweep(problem: LogisticProblem, validation: Labeled, metric: str = "top1") -
     This is CLIP's search. Between equal scores the smaller cross-entropy decides, which CLIP leaves open, then the
     smaller C.
     """
-    fits: dict[int, LogisticFit] = {}
-    scores: dict[int, tuple[float, float]] = {}
+    fits = dict[int, LogisticFit]()
+    scores = dict[int, tuple[float, float]]()
     # First C = 1e-6, 1e-4, … 1e6, then half-way to the neighbors of the best one, down to an eighth of a decade.
     steps: Iterable[int] = range(-LAST_STEP, LAST_STEP + 1, 16)
     for width in (8, 4, 2, 1, 0):

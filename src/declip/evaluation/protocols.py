@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from declip.data.pair import PairSource
 from declip.data.sources.subset import Subset
@@ -19,7 +20,6 @@ from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classe
 from declip.evaluation.encode import (
     Batching,
     SourceFeatures,
-    check_widths,
     encode_source,
     eval_mode,
 )
@@ -103,18 +103,19 @@ class SharedFeatures:
         source = with_classes(self.dataset.split("test"))
         options = self.options
         name, templates = read_templates(options.templates or self.dataset.templates)
-        if (scorer := self.model.token_scorer) is not None:
+        classes: Tensor | Sequence[str] = source.class_names
+        scorer = self.model.token_scorer
+        if scorer is None:
+            classes = class_features(self.model, source.class_names, templates, options)
+            features = self.test
+        else:
             names = list(dict.fromkeys(source.class_names))
             tokens = class_tokens(self.model, scorer, names, templates, options)
             with eval_mode(self.model) as device:
                 scores = partial(scorer.scores, classes=tokens.to(device))
-            scored = self._encode(source, encode=partial(chunked, scores), texts=False)
-            labels = source.columns["label"][scored.indices]
-            return [classify(scored, labels, source.class_names, templates=name)]
-        classes = class_features(self.model, source.class_names, templates, options)
-        check_widths(self.test.images, classes)
-        labels = source.columns["label"][self.test.indices]
-        return [classify(self.test, labels, classes, templates=name)]
+            features = self._encode(source, encode=partial(chunked, scores), texts=False)
+        labels = source.columns["label"][features.indices]
+        return [classify(features, labels, classes, templates=name)]
 
     def retrieval(self) -> list[RetrievalResult]:
         source = self.dataset.split("test")
@@ -156,6 +157,7 @@ class SharedFeatures:
         for shots, several in draws.items():
             correct = [right(chosen) for chosen in several]
             top1 = [score(each, truth) for each in correct]
+            per_class = [score(each, truth, "mean_per_class") for each in correct]
             result = FewShotResult(
                 dataset=self.dataset.name,
                 n=len(truth),
@@ -163,9 +165,7 @@ class SharedFeatures:
                 shots=shots,
                 draws=DRAWS,
                 top1=float(np.mean(top1)),
-                mean_per_class=float(
-                    np.mean([score(each, truth, "mean_per_class") for each in correct])
-                ),
+                mean_per_class=float(np.mean(per_class)),
                 deviation=float(np.std(top1, ddof=1)),
                 names_top1=names_top1,
                 skipped=dict(Counter(seen.skipped.counts) + Counter(tested.skipped.counts)),
@@ -222,7 +222,7 @@ def evaluate_all(
     """
     encoder = as_encoder(model)
     # --- every check first: encoding may take hours
-    checked: list[SharedFeatures] = []
+    checked = list[SharedFeatures]()
     for dataset in datasets if isinstance(datasets, list) else [datasets]:
         shared = SharedFeatures(encoder, open_dataset(dataset), options, texts="retrieval" in tasks)
         if shared.dataset.name in {other.dataset.name for other in checked}:

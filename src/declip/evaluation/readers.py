@@ -90,12 +90,11 @@ class Classified(Subset):
 
 def image_folder(name: str, root: Path) -> Openers:
     """Open any folder with one folder per class, or with folders of splits that contain one folder per class."""
-    folders = {
-        which: root / inner
-        for which, names in SPLITS.items()
-        for inner in reversed(names)
-        if (root / inner).is_dir()
-    }
+    folders = dict[str, Path]()
+    for which, names in SPLITS.items():
+        for inner in reversed(names):
+            if (root / inner).is_dir():
+                folders[which] = root / inner
     if folders and ("train" not in folders or len(folders) == 1):
         raise UserError(
             f"A set with splits needs a 'train' folder and a 'validation' or 'test' folder, but '{root}' has only "
@@ -121,10 +120,15 @@ def caltech101(name: str, root: Path) -> Openers:
     # The background is a class, unlike in torchvision's reader. CLIP's sample was not published; this one has seed 0.
     folder = root / "caltech101" / "101_ObjectCategories"
     raw = _exactly(name, folder, list(read_prompts(name).classes))
-    return {
-        which: partial(_images, name, folder, raw, class_names(name, raw), sampled=which)
-        for which in ("train", "test")
-    }
+    return {which: partial(_caltech101, name, folder, raw, which) for which in ("train", "test")}
+
+
+def _caltech101(name: str, folder: Path, raw: list[str], which: str) -> Classified:
+    images = _images(name, folder, raw, class_names(name, raw))
+    labels = images.columns["label"]
+    trained = sample_per_class(labels, lambda count: min(30, max(count - 1, 1)))
+    rows = np.flatnonzero(trained == (which == "train"))
+    return Classified(images.source, labels[rows], images.class_names, rows=rows)
 
 
 def imagenet(name: str, root: Path) -> Openers:
@@ -171,42 +175,29 @@ def _exactly(name: str, folder: Path, raw: list[str]) -> list[str]:
     return raw
 
 
-def _images(
-    name: str, folder: Path, raw: Sequence[str], shown: Sequence[str], sampled: str | None = None
-) -> Classified:
-    """List the images of all classes; `sampled`: for "train" 30 per class, or all but one, for "test" all others."""
-    paths: list[Path] = []
-    labels: list[int] = []
-    # In the order of torchvision's `make_dataset`.
-    for inner, label in sorted((inner, label) for label, inner in enumerate(raw)):
-        below = [
-            Path(parent, file) for parent, _, files in os.walk(folder / inner) for file in files
-        ]
-        images = sorted(
-            (path for path in below if path.suffix.lower() in EXTENSIONS), key=os.path.split
-        )
-        paths += images
+def _images(name: str, folder: Path, raw: Sequence[str], shown: Sequence[str]) -> Classified:
+    """List the images of all classes, in the order of torchvision's `make_dataset`."""
+    paths = list[Path]()
+    labels = list[int]()
+    for label in sorted(range(len(raw)), key=raw.__getitem__):
+        images = list[Path]()
+        for parent, _, files in os.walk(folder / raw[label]):
+            below = [Path(parent, file) for file in files]
+            images += [path for path in below if path.suffix.lower() in EXTENSIONS]
+        paths += sorted(images, key=os.path.split)
         labels += [label] * len(images)
-    chosen = np.ones(len(paths), dtype=bool)
-    if sampled is not None:
-        chosen = sample_per_class(np.array(labels), lambda count: min(30, max(count - 1, 1))) == (
-            sampled == "train"
-        )
-    files = FileList(name, folder, [path for path, kept in zip(paths, chosen, strict=True) if kept])
-    return Classified(files, np.array(labels, dtype=np.int64)[chosen], shown)
+    return Classified(FileList(name, folder, paths), labels, shown)
 
 
 def _inner(folder: Path) -> list[str]:
     """Names of the folders in a folder, without hidden ones; raises `UserError` for a name that is not UTF-8."""
-    names = sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if not entry.name.startswith(".") and entry.is_dir()
-    )
-    if strange := [name for name in names if not is_unicode(name)]:
-        raise UserError(
-            f"'{folder}' has a folder whose name is not UTF-8: '{printable(strange[0])}'. Rename it."
-        )
+    folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    names = sorted(name for name in folders if not name.startswith("."))
+    for name in names:
+        if not is_unicode(name):
+            raise UserError(
+                f"'{folder}' has a folder whose name is not UTF-8: '{printable(name)}'. Rename it."
+            )
     return names
 
 
@@ -222,15 +213,16 @@ def labeled_table(
     path = rows.path
     columns = rows.columns
     lower = by_lower_name(columns).keys()
-    captioned, labeled = (not lower.isdisjoint(names) for names in (CAPTION_NAMES, LABEL_NAMES))
+    captioned = not lower.isdisjoint(CAPTION_NAMES)
     if given.caption != DEFAULT.caption:
         captioned = given.caption is not None  # refused below where it is missing
-    if label_column is None and not labeled and not (captioned and "split" in lower):
-        return None
-    if label_column is not None and label_column not in columns:
-        raise unknown(f"column of labels in '{path.name}'", label_column, columns)
-    if (column := label_column) is None and labeled:
+    column = label_column
+    if column is not None and column not in columns:
+        raise unknown(f"column of labels in '{path.name}'", column, columns)
+    if column is None and not lower.isdisjoint(LABEL_NAMES):
         column = Header(columns, path).column(LABEL_NAMES[0], LABEL_NAMES, "label")
+    if column is None and not (captioned and "split" in lower):
+        return None
     # --- the pairs of the table, and the rows of each split
     own = replace(given, caption=given.caption if captioned else None)
     labeled_rows = table = TableSource(table_path, replace(own, group=column))
@@ -306,11 +298,12 @@ def _label(table: TableSource, row: int, column: str) -> str:
 def torchvision_set(kind: str, splits: Mapping[str, Any]) -> Callable[[str, Path], Openers]:
     """The function that opens a set by a class of torchvision, by our splits and its argument for each."""
     return lambda name, root: {
-        which: partial(_read, kind, name, root, given) for which, given in splits.items()
+        which: partial(_torchvision_split, kind, name, root, argument)
+        for which, argument in splits.items()
     }
 
 
-def _read(kind: str, name: str, root: Path, argument: str | bool) -> Classified:
+def _torchvision_split(kind: str, name: str, root: Path, argument: str | bool) -> Classified:
     from torchvision import datasets  # takes a second
 
     made = getattr(datasets, kind)
@@ -359,8 +352,8 @@ def sun397(name: str, root: Path) -> Openers:
     for inner in SUN_PLACES:
         if all((root / inner / file).is_file() for file in SUN_LISTS.values()):
             return {
-                which: partial(_sun, name, root / "SUN397", root / inner / SUN_LISTS[which])
-                for which in SUN_LISTS
+                which: partial(_sun397, name, root / "SUN397", root / inner / file)
+                for which, file in SUN_LISTS.items()
             }
     raise UserError(
         f"'{name}' expects in '{root}' SUN397/ and the lists {' and '.join(SUN_LISTS.values())} of its official first "
@@ -368,7 +361,7 @@ def sun397(name: str, root: Path) -> Openers:
     )
 
 
-def _sun(name: str, folder: Path, path: Path) -> Classified:
+def _sun397(name: str, folder: Path, path: Path) -> Classified:
     classes = [line[3:] for line in (folder / "ClassName.txt").read_text(encoding="utf-8").split()]
     keys = [line.lstrip("/") for line in path.read_text(encoding="utf-8").split()]
     label_of = {raw: label for label, raw in enumerate(classes)}

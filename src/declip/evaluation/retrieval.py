@@ -89,7 +89,10 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
     image_rank = ranks(
         features.images, features.texts, [texts_of[own] for own in features.captions]
     )
-    first = np.unique(features.image_rows, return_index=True)[1]
+    loss = None
+    if scale is not None:
+        first = np.unique(features.image_rows, return_index=True)[1]
+        loss = contrastive_loss(features.images, features.texts[first], scale)
     return RetrievalResult(
         dataset=features.name,
         images=len(features),
@@ -97,9 +100,7 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
         text_to_image=recall(text_rank, len(features), text_chance),
         image_to_text=recall(image_rank, len(captions), image_chance),
         truncated_captions=features.truncated,
-        loss=None
-        if scale is None
-        else contrastive_loss(features.images, features.texts[first], scale),
+        loss=loss,
         skipped=dict(features.skipped.counts),
     )
 
@@ -124,7 +125,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
 
 def rows_of_captions(features: SourceFeatures) -> dict[str, list[int]]:
     """Map each caption to the rows of `texts` with exactly this caption."""
-    rows: dict[str, list[int]] = {}
+    rows = dict[str, list[int]]()
     for row, caption in enumerate(features.flat_captions):
         rows.setdefault(caption, []).append(row)
     return rows

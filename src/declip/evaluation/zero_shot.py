@@ -34,11 +34,8 @@ class PromptSet(NamedTuple):
 
 def prompt_names() -> list[str]:
     """Names of the shipped prompt sets."""
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in FOLDER.iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    files = [entry.name for entry in FOLDER.iterdir()]
+    return sorted(file.removesuffix(".yaml") for file in files if file.endswith(".yaml"))
 
 
 @cache
@@ -60,12 +57,15 @@ def class_names(prompts: str, raw: Iterable[str]) -> tuple[str, ...]:
     """
     listed = read_prompts(prompts).classes
     raw = list(raw)
-    if listed and (strange := [name for name in raw if name not in listed]):
+    if not listed:
+        return tuple(name.replace("_", " ") for name in raw)
+    strange = [name for name in raw if name not in listed]
+    if strange:
         raise UserError(
             f"{len(strange)} classes of the data, such as '{strange[0]}', are not among the {len(listed)} classes of "
             f"'{prompts}'. Is it another dataset or version? Evaluate a folder with other classes as 'folder:PATH'."
         )
-    return tuple(listed[name] if listed else name.replace("_", " ") for name in raw)
+    return tuple(listed[name] for name in raw)
 
 
 def read_templates(templates: str | Sequence[str]) -> tuple[str, list[str]]:
@@ -148,9 +148,9 @@ def classify(
         column = {name: number for number, name in enumerate(dict.fromkeys(classes))}
         distinct = None
         candidate = np.array([column[name] for name in classes])
-    namesakes_before = np.zeros(len(classes), dtype=np.int64)
-    for label in range(len(classes)):
-        namesakes_before[label] = (candidate[:label] == candidate[label]).sum()
+    namesakes_before = np.array(
+        [(candidate[:label] == own).sum() for label, own in enumerate(candidate)]
+    )
     rank = ranks(features.images, distinct, candidate[labels][:, None]) + namesakes_before[labels]
     return ZeroShotResult(
         dataset=features.name,
