@@ -119,8 +119,10 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
     The interval is Student's t over each seed's log factor, see `_seed_logs`. It needs at least two seeds, the same
     ones at every number of pairs of both.
     """
-    values = zip(b.pairs, _rising(b.means).tolist(), strict=True)
-    at = tuple(FactorAt(n, value, *pairs_needed(a.pairs, a.means, value)) for n, value in values)
+    at = tuple(
+        FactorAt(pairs, value, *pairs_needed(a.pairs, a.means, value))
+        for pairs, value in zip(b.pairs, _rising(b.means).tolist(), strict=True)
+    )
     overlapping = intervals_overlap(a, b)
     inside = [log(one.factor) for one in at if one.factor is not None]
     if not inside:
@@ -137,13 +139,10 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
 
 def intervals_overlap(a: EfficiencyCurve, b: EfficiencyCurve) -> bool:
     """Whether the 95 % intervals of two curves overlap at every number of pairs of both; False without intervals."""
-    close = []
-    for i, pairs in enumerate(a.pairs):
-        if pairs in b.pairs:
-            j = b.pairs.index(pairs)
-            distance = abs(a.means[i] - b.means[j])
-            close.append(distance <= a.half_widths[i] + b.half_widths[j])
-    return bool(close) and all(close)
+    _, of_a, of_b = np.intersect1d(a.pairs, b.pairs, return_indices=True)
+    distances = abs(a.means[of_a] - b.means[of_b])
+    close = distances <= a.half_widths[of_a] + b.half_widths[of_b]
+    return bool(len(close)) and bool(close.all())
 
 
 def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -> np.ndarray | None:
@@ -176,18 +175,17 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
 
 def _pooled(curve: EfficiencyCurve) -> np.ndarray:
     """(k, seeds) values; numbers of pairs that isotonic regression pools have their common mean."""
-    values, rising = np.array(curve.values), _rising(curve.means)
+    values = np.array(curve.values)
+    rising = _rising(curve.means)
     return np.array([values[rising == level].mean(axis=0) for level in rising])
 
 
 def curve_of(rows: Mapping[int, Mapping[int, float]]) -> EfficiencyCurve:
     """Build a curve from values by number of pairs and seed."""
-    values, seeds = [], []
-    for pairs in sorted(rows):
-        of_seeds = sorted(rows[pairs].items())
-        seeds.append(tuple(seed for seed, _ in of_seeds))
-        values.append(tuple(value for _, value in of_seeds))
-    return EfficiencyCurve(tuple(sorted(rows)), tuple(values), tuple(seeds))
+    numbers = sorted(rows)
+    seeds = [tuple(sorted(rows[pairs])) for pairs in numbers]
+    values = [tuple(rows[n][seed] for seed in own) for n, own in zip(numbers, seeds, strict=True)]
+    return EfficiencyCurve(tuple(numbers), tuple(values), tuple(seeds))
 
 
 Curves = Mapping[str, EfficiencyCurve]  # curves of one measure, by variant
@@ -214,20 +212,21 @@ class Outcome:
     @cached_property
     def facts(self) -> dict[str, Result]:
         """The first result of each measure, the headline first, for its test set and chance level."""
-        results: dict[str, Result] = {}
+        facts = dict[str, Result]()
         for of_trial in self.results.values():
-            results |= {name: result for name, result in of_trial.items() if name not in results}
-        return results
+            for measure, result in of_trial.items():
+                facts.setdefault(measure, result)
+        return facts
 
     def curves(self) -> dict[str, dict[str, EfficiencyCurve]]:
         """The curves by measure and variant; unfinished trials leave gaps, which a curve skips."""
-        study, curves = self.study, dict[str, dict[str, EfficiencyCurve]]()
-        for measure, variant in product(self.facts, study.names):
-            values: dict[int, dict[int, float]] = {}
-            for pairs, seed in product(study.pairs, study.seeds):
-                of_trial = self.results.get(Trial(variant, pairs, seed).id, {})
-                if result := of_trial.get(measure):
-                    values.setdefault(pairs, {})[seed] = result.headline.value
+        curves = dict[str, dict[str, EfficiencyCurve]]()
+        for measure, variant in product(self.facts, self.study.names):
+            values = dict[int, dict[int, float]]()
+            for trial in self.study.trials():
+                result = self.results.get(trial.id, {}).get(measure)
+                if trial.variant == variant and result is not None:
+                    values.setdefault(trial.pairs, {})[trial.seed] = result.headline.value
             curves.setdefault(measure, {})[variant] = curve_of(values)
         return curves
 
@@ -269,10 +268,11 @@ def read_outcome(folder: Path) -> Outcome:
         raise UserError(
             f"'{folder}' has no comparison. Run one with `declip compare RECIPE… --out {folder}`."
         )
-
-    rows, failures = dict[str, Any](), dict[str, str]()
+    rows = dict[str, Any]()
+    failures = dict[str, str]()
     for trial in study.trials():
-        result, failure = (folder_of(folder, trial) / name for name in (RESULT, FAILURE))
+        result = folder_of(folder, trial) / RESULT
+        failure = folder_of(folder, trial) / FAILURE
         if result.is_file():
             rows[trial.id] = json.loads(result.read_text(encoding="utf-8"))
         if failure.is_file():

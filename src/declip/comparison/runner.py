@@ -192,10 +192,11 @@ def _timed(study: Study, progress: bool) -> Study:
 def run_trial(study: Study, trial: Trial, folder: Path) -> bool:
     """Train or resume a trial, evaluate it, save its scores and delete its weights; False after Ctrl-C or SIGTERM."""
     # --- train
-    run_folder, variant = folder_of(folder, trial), study.variant(trial.variant)
+    run_folder = folder_of(folder, trial)
+    variant = study.variant(trial.variant)
     overrides = {"train.steps": variant.steps, "data.max_pairs": trial.pairs, "seed": trial.seed}
-    overrides |= WITHOUT_EVALUATION
-    recipe, extensions = variant.resolve(overrides), Extensions(terms=study.terms)
+    recipe = variant.resolve(overrides | WITHOUT_EVALUATION)
+    extensions = Extensions(terms=study.terms)
     parts = assemble(recipe, run_folder, resume=True, extensions=extensions)
     trainer = Trainer(parts, progress=False)
     run = trainer.train()

@@ -38,7 +38,8 @@ class Variant:
     @classmethod
     def of(cls, recipe: str, overrides: Mapping[str, Any]) -> Self:
         """Resolve a recipe into a variant named after its file."""
-        name, resolved = re.sub(r".*[/\\]|\.ya?ml$", "", recipe), load_recipe(recipe, overrides)
+        name = re.sub(r".*[/\\]|\.ya?ml$", "", recipe)
+        resolved = load_recipe(recipe, overrides)
         return cls(name, recipe, overrides, resolved.model_dump(mode="json"), resolved.train.steps)
 
     @property

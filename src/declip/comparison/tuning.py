@@ -48,9 +48,8 @@ def tune_study(study: Study, grid: Grid, out: str | Path, progress: bool = True)
     tried = {}
     for variant, value in product(study.variants, grid.values):
         overrides = {**variant.overrides, grid.key: read_value(grid.key, value)}
-        tried[variant.name, value] = replace(
-            Variant.of(variant.recipe, overrides), name=f"{variant.name}-{value}"
-        )
+        candidate = Variant.of(variant.recipe, overrides)
+        tried[variant.name, value] = replace(candidate, name=f"{variant.name}-{value}")
     trials = replace(
         study,
         variants=tuple(tried.values()),
@@ -62,9 +61,8 @@ def tune_study(study: Study, grid: Grid, out: str | Path, progress: bool = True)
     )
     outcome = runner.run(trials, f"{Path(out).expanduser()}-tuning", progress)
     if not outcome.complete:
-        reason = next(
-            iter(outcome.failures.values()), "it was stopped; run the command again to continue"
-        )
+        stopped = "it was stopped; run the command again to continue"
+        reason = next(iter(outcome.failures.values()), stopped)
         raise UserError(f"Tuning is not finished: {reason}")
     curves = outcome.curves()[next(iter(outcome.facts))]
     chosen = []
@@ -73,8 +71,7 @@ def tune_study(study: Study, grid: Grid, out: str | Path, progress: bool = True)
         scores = [float(curve.means[0]) for curve in of_values]
         best = grid.values[scores.index(max(scores))]
         _report(variant.name, grid, best, scores)
-        overrides = {**variant.overrides, grid.key: read_value(grid.key, best)}
-        chosen.append(Variant.of(variant.recipe, overrides))
+        chosen.append(replace(tried[variant.name, best], name=variant.name))
     return replace(study, variants=tuple(chosen))
 
 
@@ -84,19 +81,12 @@ def _report(name: str, grid: Grid, best: str, scores: Sequence[float]) -> None:
         f"{value}: {score:.1%}" for value, score in zip(grid.values, scores, strict=True)
     )
     log.info("%s: %s=%s (%s)", name, grid.key, best, shown)
-    if not all(_is_number(value) for value in grid.values):
+    try:
+        ordered = sorted(grid.values, key=float)
+    except ValueError:  # not numbers
         return
-    ordered = sorted(grid.values, key=float)
     if best in (ordered[0], ordered[-1]):
         advice = "Add values beyond it to --tune"
         log.warning(
             "%s: %s=%s lies at the edge of the grid (%s). %s.", name, grid.key, best, shown, advice
         )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

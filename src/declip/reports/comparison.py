@@ -37,10 +37,8 @@ def summary(outcome: Outcome) -> Group:
     """Format the result for the terminal: every score with its interval and n, and the factors."""
     content = context(outcome)
     parts: list[Any] = []
-    for table in (
-        *content["score_tables"],
-        *(content[f"{name}_table"] for name in ("factors", "cost", "failures")),
-    ):
+    others = [content[f"{name}_table"] for name in ("factors", "cost", "failures")]
+    for table in [*content["score_tables"], *others]:
         if table.rows:
             parts += [Text(table.caption, "bold"), rich_table(table), Text()]
     return Group(*parts, Text(render("comparison.txt", **content).strip()))
@@ -49,7 +47,9 @@ def summary(outcome: Outcome) -> Group:
 def context(outcome: Outcome) -> dict[str, Any]:
     """Compute the numbers and tables of the templates."""
     # The first measure is the headline: factors are computed for it alone.
-    study, curves, facts = outcome.study, outcome.curves(), outcome.facts
+    study = outcome.study
+    curves = outcome.curves()
+    facts = outcome.facts
     headline = next(iter(facts), "")
     factors: Mapping[str, Factor | None] = {}
     near: Sequence[int] = []
@@ -83,12 +83,11 @@ def variants_table(study: Study) -> Table:
     """The recipe and the overrides of each variant, as on the command line."""
     rows = []
     for variant in study.variants:
-        given = variant.overrides.items()
-        keys = ", ".join(
-            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-            for key, value in given
-        )
-        rows.append((variant.name, variant.recipe, keys or NONE))
+        keys = list[str]()
+        for key, value in variant.overrides.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            keys.append(f"{key}={text}")
+        rows.append((variant.name, variant.recipe, ", ".join(keys) or NONE))
     return Table("Variants", ("variant", "recipe", "overrides"), tuple(rows), texts=3)
 
 
@@ -98,12 +97,8 @@ def measures_table(facts: Mapping[str, Result]) -> Table:
         (name, fact.among, f"{fact.headline.n:,}", percent(fact.headline.chance))
         for name, fact in facts.items()
     )
-    return Table(
-        "Measures, after the last step of each run",
-        ("measure", "among", "n", "chance"),
-        rows,
-        texts=2,
-    )
+    columns = ("measure", "among", "n", "chance")
+    return Table("Measures, after the last step of each run", columns, rows, texts=2)
 
 
 def scores_table(study: Study, measure: str, curves: Curves) -> Table:
@@ -134,11 +129,13 @@ def factors_table(factors: Mapping[str, Factor | None], study: Study) -> Table:
     """Factors by variant: their mean, and at each of the baseline's numbers of pairs."""
     rows = []
     for name, factor in factors.items():
-        cells, interval = dict.fromkeys(study.pairs, NONE), NONE
+        cells = dict.fromkeys(study.pairs, NONE)
+        mean = interval = NONE
         for at in factor.at if factor else ():
             outside = "exceeded" if at.outside == "below" else "not reached"
             cells[at.pairs] = outside if at.factor is None else f"{at.factor:.2f}"
-        mean = NONE if factor is None or factor.mean is None else f"{factor.mean:.2f}"
+        if factor and factor.mean is not None:
+            mean = f"{factor.mean:.2f}"
         if factor and factor.low is not None and factor.high is not None:
             interval = span(factor.low, factor.high)
         rows.append((name, mean, interval, *cells.values()))
@@ -148,27 +145,22 @@ def factors_table(factors: Mapping[str, Factor | None], study: Study) -> Table:
 
 def cost_table(outcome: Outcome) -> Table:
     """Steps, samples and median seconds of the finished runs of each variant; at equal compute, measured steps."""
-    times: dict[str, list[float]] = {}
+    study = outcome.study
+    times: dict[str, list[float]] = {name: [] for name in study.names}
     for row in outcome.rows.values():
-        times.setdefault(row["variant"], []).append(row["seconds"])
-    base, rows = median(times.get(outcome.study.baseline, [0.0])), []
-    for variant in outcome.study.variants:
-        seconds = median(times.get(variant.name, [0.0]))
-        ratio = f"{seconds / base:.2f}" if seconds and base else NONE
+        times[row["variant"]].append(row["seconds"])
+    seconds = {name: median(values or [0.0]) for name, values in times.items()}
+    base = seconds[study.baseline]
+    rows = []
+    for variant in study.variants:
+        own = seconds[variant.name]
         per_step = () if variant.seconds is None else (f"{variant.seconds:.3g}",)
         counts = (f"{variant.steps:,}", f"{variant.samples:,}")
-        rows.append(
-            (variant.name, *per_step, *counts, f"{seconds:,.0f}" if seconds else NONE, ratio)
-        )
-    timed = ("seconds per step",) if outcome.study.budget == "compute" else ()
-    columns = (
-        "variant",
-        *timed,
-        "steps",
-        "samples",
-        "seconds",
-        f"ratio to {outcome.study.baseline}",
-    )
+        took = f"{own:,.0f}" if own else NONE
+        ratio = f"{own / base:.2f}" if own and base else NONE
+        rows.append((variant.name, *per_step, *counts, took, ratio))
+    timed = ("seconds per step",) if study.budget == "compute" else ()
+    columns = ("variant", *timed, "steps", "samples", "seconds", f"ratio to {study.baseline}")
     return Table("Cost of a run (median)", columns, tuple(rows))
 
 
@@ -182,35 +174,24 @@ def failures_table(failures: Mapping[str, str]) -> Table:
 
 
 def curve_chart(study: Study, curves: Curves, measure: str, chance: float) -> Chart:
-    """Draw the curves of one measure; the baseline comes first."""
-    names = [study.baseline, *(name for name in study.names if name != study.baseline)]
-    # The axis includes every value, and intervals only as far as the curves stay readable.
-    values, ends = [chance], [chance]
-    for curve in curves.values():
-        values += chain(*curve.values)
-        ends += [*(curve.means + curve.half_widths)]
-    highest = max(values)
-    top = 1.06 * min(np.nanmax([highest, *ends]), 1.3 * highest) or 0.01
-    unit = measure.rpartition(": ")[2]
-    ordered = {name: curves[name] for name in names}
-    return pairs_chart(unit, ordered, study.pairs, chance, top)
-
-
-def pairs_chart(
-    unit: str,
-    curves: Mapping[str, EfficiencyCurve],
-    pairs: Sequence[int],
-    chance: float,
-    top: float,
-) -> Chart:
     """Draw curves against the number of pairs: means, intervals as bars, small dots for seeds, chance dotted.
 
     The baseline comes first; empty curves are skipped.
     """
+    pairs = study.pairs
+    names = sorted(study.names, key=lambda name: name != study.baseline)
+    shown = {name: curves[name] for name in names if curves[name].pairs}
+    # --- the axis includes every value, and intervals only as far as the curves stay readable
+    values = [chance]
+    ends = [chance]
+    for curve in shown.values():
+        values += chain(*curve.values)
+        ends += [*(curve.means + curve.half_widths)]
+    highest = max(values)
+    top = 1.06 * min(np.nanmax([highest, *ends]), 1.3 * highest) or 0.01
     # --- positions: lines are shifted slightly against each other, in log(pairs), so that bars do not overlap
     logs = np.log(pairs)
     width = logs[-1] - logs[0]
-    shown = {name: curve for name, curve in curves.items() if curve.pairs}
     widest = 0.8 * np.diff(logs) / max(len(shown), 1)
     step = min([0.02 * (1.12 * width or 1.0), *widest])
     margin = 0.5
@@ -219,14 +200,13 @@ def pairs_chart(
 
     def draw(ax: Axes) -> None:
         over_pairs(ax, pairs)
+        unit = measure.rpartition(": ")[2]
         ax.set(xlabel="distinct pairs", ylabel=f"{unit}, %", ylim=(0, 100 * top))
-        left, right = logs[0] - margin, logs[-1] + margin
-        ax.set_xlim(np.exp(left), np.exp(right))
+        ax.set_xlim(np.exp(logs[0] - margin), np.exp(logs[-1] + margin))
         ax.axhline(100 * chance, **CHANCE)
-        for number, name in enumerate(curves):
-            if (curve := shown.get(name)) is None:
-                continue
-            shift = number - (len(curves) - 1) / 2
+        for name, curve in shown.items():
+            number = names.index(name)
+            shift = number - (len(names) - 1) / 2
             x = np.array(curve.pairs) * np.exp(step * shift)
             style: Any = {
                 # The space: matplotlib ignores labels that start with "_".
@@ -247,6 +227,5 @@ def pairs_chart(
         legend(ax)
 
     words = "; ".join(f"{name} up to {percent(max(curve.means))}" for name, curve in shown.items())
-    return Chart(
-        f"{words}, with {pairs[0]:,} to {pairs[-1]:,} pairs.", (4.1, 3.4 + 0.1 * len(shown)), draw
-    )
+    size = (4.1, 3.4 + 0.1 * len(shown))
+    return Chart(f"{words}, with {pairs[0]:,} to {pairs[-1]:,} pairs.", size, draw)

@@ -14,7 +14,7 @@ from declip.io.text import plural
 from declip.models.encoder import Encoder
 from declip.reports.charts import growth_chart
 from declip.reports.page import render
-from declip.reports.retrieval import encode_set, retrieval
+from declip.reports.retrieval import retrieval_section
 from declip.reports.tables import compared_table, mixture_lines, skipped_table
 from declip.runs.fitted import FittedRun
 
@@ -84,13 +84,8 @@ def write_fitted_report(
     """
     grown = run.cross_validation.get("growth", {})
     queries = run.facts.get("queries")
-    encoded = None
-    if held_out is not None:
-        encoded = encode_set(partial(held_out.split, "test"), model)
+    open_source = None if held_out is None else partial(held_out.split, "test")
     source = run.facts["source"]
-    credits = [source["credit"]]
-    if encoded is not None:
-        credits.append(encoded["source"].credit)
     content = render(
         "fitted.html",
         name=name,
@@ -107,8 +102,6 @@ def write_fitted_report(
         set_names=short_names(result.dataset for result in run.results),
         skipped_table=skipped_table(run.skipped),
         dataset=held_out and held_out.name,
-        held_out=encoded,
-        retrieved=encoded and retrieval(**encoded),
-        credits=list(dict.fromkeys(filter(None, credits))),
+        **retrieval_section(open_source, model, source["credit"]),
     )
     return write_text(run.report, content)

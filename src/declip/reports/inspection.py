@@ -78,7 +78,8 @@ def tables(it: Inspection) -> dict[str, Table]:
 
 
 def _statistics(it: Inspection) -> dict[str, Table]:
-    images, captions = it.images, it.captions
+    images = it.images
+    captions = it.captions
     assert images is not None
     assert captions is not None
     spreads = (
@@ -109,9 +110,11 @@ def _statistics(it: Inspection) -> dict[str, Table]:
 
 
 def _repeats(it: Inspection) -> Table:
-    names, rows = ("equal images", "images that look alike", "equal captions"), []
-    for name, repeats in zip(
-        names, (it.equal_images, it.near_images, it.equal_captions), strict=True
+    rows = []
+    for name, repeats in (
+        ("equal images", it.equal_images),
+        ("images that look alike", it.near_images),
+        ("equal captions", it.equal_captions),
     ):
         assert repeats is not None
         largest = max(repeats.examples, key=lambda group: group.size, default=None)

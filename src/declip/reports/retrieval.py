@@ -17,19 +17,35 @@ SHOWN = 5  # candidates of a query
 log = logging.getLogger("declip")
 
 
-def encode_set(
-    open_source: Callable[[], PairSource], model: Encoder, limit: int = 4_000
-) -> dict[str, Any] | None:
-    """Encode up to `limit` pairs of a source; None with a warning if it cannot be read."""
+def retrieval_section(
+    open_source: Callable[[], PairSource] | None,
+    model: Encoder,
+    credit: str | None,
+    limit: int = 4_000,
+) -> dict[str, Any]:
+    """Values of the template: examples from up to `limit` pairs of a set, if there is one, and credits of all images.
+
+    A set that cannot be read is left out with a warning.
+    """
+    credits = [credit]
+    encoded = retrieved = None
     try:
-        source = open_source()
-        count = min(limit, len(source))
-        rows = np.linspace(0, len(source) - 1, count).round()
-        features = encode_source(model, source, indices=rows.astype(np.int64).tolist())
+        if open_source is not None:
+            source = open_source()
+            count = min(limit, len(source))
+            rows = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
+            features = encode_source(model, source, indices=rows)
+            encoded = {"source": source, "features": features}
     except UserError as error:
         log.warning("The report shows no retrieved images: %s", error)
-        return None
-    return {"source": source, "features": features}
+    if encoded is not None:
+        retrieved = retrieval(source, features)
+        credits.append(source.credit)
+    return {
+        "held_out": encoded,
+        "retrieved": retrieved,
+        "credits": list(dict.fromkeys(filter(None, credits))),
+    }
 
 
 def retrieval(
@@ -43,8 +59,9 @@ def retrieval(
     """
     assert features.texts is not None
     rng = np.random.default_rng(seed)
-    thumbnails, indices = thumbnails_of(source), features.indices
-    captions, carriers = features.flat_captions, carriers_of(features)
+    thumbnails = thumbnails_of(source)
+    captions = features.flat_captions
+    carriers = carriers_of(features)
     correct = [carriers[caption] for caption in captions]
     rank = ranks(features.texts, features.images, correct)
     # --- random captions of distinct images, first those that rank their image first
@@ -62,9 +79,8 @@ def retrieval(
         nearest = similarities.topk(min(SHOWN, len(features))).indices
         hits = []
         for i in nearest.tolist():
-            image = thumbnails(int(indices[i]))
+            image = thumbnails(int(features.indices[i]))
             caption = features.captions[i][0]
             hits.append({"caption": caption, "image": image, "correct": i in correct[row]})
-        caption = captions[row]
-        queries.append({"caption": caption, "hits": hits, "rank": int(rank[row])})
+        queries.append({"caption": captions[row], "hits": hits, "rank": int(rank[row])})
     return queries, float(np.mean(rank == 1))

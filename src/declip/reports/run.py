@@ -1,6 +1,7 @@
 """The report of a run: one HTML file with its numbers, curves, examples and recipe."""
 
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from declip.io.atomic import write_text
 from declip.models.encoder import Encoder
 from declip.reports.charts import score_chart, value_chart
 from declip.reports.page import NONE, Table, render
-from declip.reports.retrieval import encode_set, retrieval
+from declip.reports.retrieval import retrieval_section
 from declip.reports.tables import (
     CHANGE,
     COLUMNS,
@@ -49,16 +50,14 @@ def write_report(
     dataset = min(names, key=lambda name: name.startswith("builtin:"), default=None)
     results = [row.result for row in run.last() if row.result.dataset == dataset]
     # --- tables and examples
-    embeds = model.token_scorer is None  # else embeddings are not trained
-    encoded = None
-    if dataset and embeds:
+    open_source = None
+    if dataset and model.token_scorer is None:  # else embeddings are not trained
         sets = held_out or HeldOutSets(run.recipe.data)
-        encoded = encode_set(partial(sets.test, dataset), model, limit)
+        open_source = partial(sets.test, dataset)
     progress = []
     for key, (title, noisy) in PROGRESS.items():
         progress.append(_curve(run, title, key, noisy=noisy))
     source = run.examples.get("source")
-    credits = (source and source["credit"], encoded and encoded["source"].credit)
     content = render(
         "run.html",
         run=run,
@@ -74,9 +73,7 @@ def write_report(
         progress=progress,
         accuracy=accuracy_charts(run),
         skipped_table=skipped_table(run.skipped),
-        held_out=encoded,
-        retrieved=encoded and retrieval(**encoded),
-        credits=list(dict.fromkeys(filter(None, credits))),
+        **retrieval_section(open_source, model, source and source["credit"], limit),
     )
     return write_text(folder / NAME, content)
 
@@ -91,8 +88,10 @@ def measures_table(run: Run) -> Table:
             started[row.result.dataset, row.result.task] = row.result
     rows = []
     for row in run.last():
-        result, step = row.result, f"{row.weights:,}"
-        name, first = names[result.dataset], started.get((result.dataset, result.task))
+        result = row.result
+        step = f"{row.weights:,}"
+        name = names[result.dataset]
+        first = started.get((result.dataset, result.task))
         before = dict[str, float]()
         if first is not None:
             before = {measure.name: measure.value for measure in first.measures()}
@@ -100,8 +99,8 @@ def measures_table(run: Run) -> Table:
             change = change_cells(measure.value, before.get(measure.name))
             rows.append((name, *measure_cells(measure), step, *change))
         if isinstance(result, RetrievalResult) and result.loss is not None:
-            measure_and_chance = (name, "validation loss", _loss(result), NONE, NONE)
-            rows.append((*measure_and_chance, f"{result.images:,}", step, _loss(first), NONE))
+            loss = (name, "validation loss", _loss(result), NONE, NONE, f"{result.images:,}")
+            rows.append((*loss, step, _loss(first), NONE))
     columns = (*COLUMNS, "step", *CHANGE)
     shown = len(columns) if started else len(columns) - len(CHANGE)
     cells = tuple(row[:shown] for row in rows)
@@ -118,11 +117,9 @@ def _loss(result: Result | None) -> str:
 def loss_charts(run: Run) -> list[dict[str, Any]]:
     """Draw the total and each loss."""
     charts = [_curve(run, "total", "loss", "The weighted sum, which training minimizes.")]
-    facts, weights = run.examples.get("losses", {}), run.recipe.loss_weights
-    names = dict[str, None]()
-    for row in run.metrics:
-        names.update(dict.fromkeys(row.get("losses", {})))
-    for name in names:
+    facts = run.examples.get("losses", {})
+    weights = run.recipe.loss_weights
+    for name in dict.fromkeys(chain(*(row.get("losses", {}) for row in run.metrics))):
         known = facts.get(name, {"title": name, "explanation": "", "chance": None})
         notes = [known["explanation"]] if known["explanation"] else []
         if name in weights:
