@@ -134,6 +134,8 @@ WITHOUT_TORCH = {
     "train clip --data no.csv": "no.csv",
     "train clip --val no.csv --data .": "no.csv",
     "train clip train.stepps=3": "train.steps",
+    "train clip train.device=gpu": "cuda:1",
+    "embed . . --out x --device gpu": "cuda:1",
     "train finetune --data . finetune.pretrained=nowhere": "nowhere",
     "finetune . train.lr=many": "train.lr",
     "finetune . --freeze bothh": "both",

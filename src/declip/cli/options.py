@@ -76,6 +76,13 @@ def known(model: str | None) -> str | None:
     return model
 
 
+def device(name: str) -> str:
+    """Refuse an unknown device."""
+    from declip.recipe.schema import known_device
+
+    return known_device(name)
+
+
 Several = list[str] | None
 MODEL = "a run folder, a checkpoint, a weights file, a name such as open_clip:MODEL/TAG, or FILE.py:function"
 Model = Annotated[str, Argument(callback=known, help=MODEL)]
@@ -83,7 +90,7 @@ Source = Annotated[
     str,
     Argument(callback=existing, help="a table, a folder of images, tar shards, or builtin:NAME"),
 ]
-Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps")]
+Device = Annotated[str, Option(callback=device, help="auto, cpu, cuda, cuda:1 or mps")]
 Overrides = Annotated[
     Several, Argument(metavar="[KEY=VALUE]...", help="recipe keys to set, such as train.steps=500")
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from declip.errors import UserError
+from declip.recipe.schema import known_device
 
 GENERATORS = ("cuda", "mps")  # devices with another generator than the CPU's
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # instructions of Intel and AMD, Intel, Arm
@@ -13,7 +14,7 @@ CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # instructions of Intel and AMD,
 
 def pick_device(name: str) -> torch.device:
     """Find a device by name; "auto" is CUDA, else Apple's MPS, else the CPU."""
-    if name == "auto":
+    if known_device(str(name)) == "auto":  # also of a torch.device
         name = _fastest()
     try:
         device = torch.device(name)

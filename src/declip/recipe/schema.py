@@ -1,6 +1,7 @@
 """The recipe: all sections and keys, with their defaults and limits."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -33,6 +34,13 @@ def _known_tracker(name: str) -> str:
     return name
 
 
+def known_device(name: str) -> str:
+    """Refuse a name that is not one of a device, installed or not."""
+    if not DEVICE.fullmatch(name):
+        raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:1", "mps"))
+    return name
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Blocks = Count | Literal["all"]
@@ -50,7 +58,9 @@ OneOrMore = BeforeValidator(lambda given: (given,) if isinstance(given, str) els
 PathsOrNames = Annotated[tuple[PathOrName, ...], OneOrMore]
 Column = Literal["image", "caption", "group"]
 COLUMNS: dict[Column, str | tuple[str, ...]] = {"image": "image", "caption": "caption"}
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 TRACKERS = ("tensorboard", "wandb")
+Device = Annotated[str, AfterValidator(known_device)]
 Tracker = Annotated[str, AfterValidator(_known_tracker)]
 Trackers = Annotated[tuple[Tracker, ...], OneOrMore]
 
@@ -437,7 +447,7 @@ class Train(Section):
     )
     checkpoint_every: int = Field(200, ge=1, description="number of steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of checkpoints to keep")
-    device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1, mps")
+    device: Device = Field("auto", description="device: auto, cpu, cuda, cuda:1, mps")
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp", description="distributed training; fsdp shards the towers"
     )
