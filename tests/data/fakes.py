@@ -95,7 +95,7 @@ def make_loader(
     plan = replace(plan, duplicates=options.pop("duplicates", False))
     loading = {
         name: options.pop(name)
-        for name in {"start_step", "workers", "max_broken_fraction"} & options.keys()
+        for name in {"step", "workers", "max_broken_fraction"} & options.keys()
     }
     assembler = Assembler(
         source or Noise(), Words(context), plan, **({"batch_size": 6, "seed": 3} | options)

@@ -88,15 +88,13 @@ def test_any_number_of_workers_and_any_start_give_the_same_batches(shard_folder,
     )
     assert (kind == "pairs") == (alone.skipped.total > 0)
     for start, workers in ((5, 0), (2, 3)):
-        again = make(
-            pickle.loads(pickle.dumps(source)), start_step=start, workers=workers, **options
-        )
+        again = make(pickle.loads(pickle.dumps(source)), step=start, workers=workers, **options)
         assert_same(first_of(again, 10 - start), whole[start:])
         assert again.step == 10
 
 
 def test_a_pair_is_drawn_again_each_epoch_and_by_each_seed():
-    first, second = (first_of(make(batch_size=PAIRS, start_step=step), 1)[0] for step in (0, 1))
+    first, second = (first_of(make(batch_size=PAIRS, step=step), 1)[0] for step in (0, 1))
     third = first_of(make(batch_size=PAIRS, seed=4), 1)[0]
     for other in (second, third):
         rows = [(batch.sample_ids % PAIRS).argsort() for batch in (first, other)]
@@ -222,7 +220,7 @@ def test_a_mistake_that_a_worker_meets_arrives_as_it_was_and_a_lost_worker_is_ex
         (lambda *_: os._exit(1), r"at step 4: .*fewer workers"),
     ):
         monkeypatch.setattr(Noise, "__getitem__", act)
-        refuses(says, first_of, make(workers=1, start_step=4), 1)
+        refuses(says, first_of, make(workers=1, step=4), 1)
 
 
 AT_FORK = {"thread": False}

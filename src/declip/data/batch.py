@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,11 +98,10 @@ class PairBatch:
     skipped: list[BrokenPair] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        views = dict(self.views)
-        for name, view in views.items():
-            if isinstance(view, Tensor):
-                views[name] = View(view)
-        self.views = views
+        self.views = {
+            name: View(view) if isinstance(view, Tensor) else view
+            for name, view in self.views.items()
+        }
         sizes = {name: len(view) for name, view in self.views.items()}
         if self.texts.ndim != 3 or set(sizes.values()) != {len(self)}:
             raise UserError(
@@ -149,16 +148,15 @@ class PairBatch:
         for name, tensor in tensors.items():
             by_text = name in ("texts", "lengths")  # (T, B, …)
             tensors[name] = tensor[:, start:stop] if by_text else tensor[start:stop]
-        views = {}
-        for name, view in self.views.items():
-            views[name] = view.rows(start, stop)
+        views = {name: view.rows(start, stop) for name, view in self.views.items()}
         return replace(self, views=views, **tensors, mask_positions=None, skipped=[])
 
     def without_images(self) -> PairBatch:
         """The same batch with views of the same shape on torch's "meta" device, which hold nothing."""
-        views = {}
-        for name, view in self.views.items():
-            views[name] = View(torch.empty(view.pixels.shape, device="meta"))
+        views = {
+            name: View(torch.empty(view.pixels.shape, device="meta"))
+            for name, view in self.views.items()
+        }
         return replace(self, views=views)
 
     def pin_memory(self) -> PairBatch:
@@ -171,18 +169,17 @@ class PairBatch:
         return pinned
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> PairBatch:
-        views = {}
-        for name, view in self.views.items():
-            views[name] = replace(view, pixels=function(view.pixels))
-        tensors = self._tensors()
-        for name, tensor in tensors.items():
-            tensors[name] = function(tensor)
+        views = {
+            name: replace(view, pixels=function(view.pixels)) for name, view in self.views.items()
+        }
+        tensors: dict[str, Any] = {
+            name: function(tensor) for name, tensor in self._tensors().items()
+        }
         return replace(self, views=views, **tensors)
 
     def _tensors(self) -> dict[str, Any]:
         """The tensors but those of the views, by their names."""
-        named = vars(self).items()
-        return {name: value for name, value in named if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -230,9 +227,8 @@ def length_step(train: Train) -> int:
     return 16 if train.compile else 8
 
 
-def plan_views(recipe: Recipe, needs: Iterable[Needs]) -> Plan:
+def plan_views(recipe: Recipe, needs: Sequence[Needs]) -> Plan:
     """Derive the views that the losses of a recipe need."""
-    needs = list(needs)
     wanted = set[str]()
     for need in needs:
         wanted |= need.views | need.optional_views

@@ -57,17 +57,14 @@ Missing = dict[str, str]
 """Names of columns that do not exist, each with what it would hold: "image", "caption" or "group"."""
 
 
+@dataclass(eq=False)
 class MissingColumns(UserError):
     """A table lacks columns. `form` is how the caller names one, such as "--{}-column NAME"; empty if it cannot."""
 
-    def __init__(
-        self, table: str, columns: Sequence[str], missing: Missing, form: str = IN_PYTHON
-    ) -> None:
-        super().__init__(table, columns, missing, form)
-        self.table = table
-        self.columns = columns
-        self.missing = missing
-        self.form = form
+    table: str
+    columns: Sequence[str]
+    missing: Missing
+    form: str = IN_PYTHON
 
     def __str__(self) -> str:
         # Here, because it loads NumPy and YAML, and commands import this file

@@ -138,9 +138,7 @@ class Assembler:
                 # (B, 3, S, S)
                 pixels = default_collate([sample.pixels[number] for sample in samples])
             views[spec.name] = View(pixels, params[number])
-        texts = []
-        for number in range(self.plan.texts):
-            texts.append([sample.rows[number] for sample in samples])
+        texts = [[sample.rows[number] for sample in samples] for number in range(self.plan.texts)]
         counts = [[len(ids) for ids in rows] for rows in texts]
         # One length for all texts, since the captions and their augmentations are encoded in one call.
         length = self.tokenizer.context
@@ -169,15 +167,12 @@ def _augmented(
 ) -> torch.Tensor:
     """Apply a user's function to a view, (3, S, S) uint8, and check what it returns."""
     changed = augment(view, generator)
-    given = (
-        (tuple(changed.shape), changed.dtype)
-        if isinstance(changed, torch.Tensor)
-        else type(changed).__name__
-    )
-    if given != (tuple(view.shape), torch.uint8):
-        raise UserError(
-            f"augment returned {given}; return a tensor {tuple(view.shape)} torch.uint8."
-        )
+    wanted = f"a tensor {tuple(view.shape)} torch.uint8"
+    given = f"a {type(changed).__name__}"
+    if isinstance(changed, torch.Tensor):
+        given = f"a tensor {tuple(changed.shape)} {changed.dtype}"
+    if given != wanted:
+        raise UserError(f"augment returned {given}; return {wanted}.")
     return changed
 
 
@@ -206,20 +201,18 @@ def _pad(rows: Sequence[list[int]], length: int, value: int) -> torch.Tensor:
 
 @dataclass(eq=False)
 class PairLoader(Iterator[PairBatch], AbstractContextManager["PairLoader"]):
-    """Yields the batches from `start_step` on; broken pairs are left out, and counted when their batch is yielded."""
+    """Yields the batches from `step` on; broken pairs are left out, and counted when their batch is yielded."""
 
     assembler: Assembler
-    start_step: int = 0
+    step: int = 0  # of the next batch
     workers: int = 0
     pin_memory: bool = False
     max_broken_fraction: float = 0.05
 
     def __post_init__(self) -> None:
-        self.step = self.start_step  # of the next batch
         # Of the batches yielded so far: the broken pairs, and the number of all pairs.
         self.skipped = SkipCounter()
         self.seen = 0
-        self.steps_per_epoch = self.assembler.steps_per_epoch
         self.indices = self.assembler.indices
         self._batches: Iterator[PairBatch | UserError] | None = None
         self._closed = False

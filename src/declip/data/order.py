@@ -38,7 +38,7 @@ class Order:
         self.buffered = buffer is not None
         self.blocks = source.shards() if self.buffered else np.array([self.size])
         self.groups = max(1, self.size // max(buffer or self.size, batch_size))
-        # Those used last, which the next step needs too, by epoch.
+        # Cache of the order of the current epoch, and of its current group, which the next step needs too
         self._layout: dict[int, Layout] = {}
         self._group: dict[tuple[int, int], np.ndarray] = {}
 

@@ -140,6 +140,14 @@ class PairSource(ABC):
         return np.diff([*range(0, len(self), BLOCK), len(self)])
 
 
+def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Find pair `index` of several parts: the number of its part, and its index in it; `ends` sums their sizes."""
+    if not 0 <= index < ends[-1]:
+        raise IndexError(f"pair {index} of {ends[-1]}")
+    part = int(np.searchsorted(ends, index, "right"))
+    return part, index - int(ends[part - 1] if part else 0)
+
+
 class OnDemand(Mapping[str, T]):
     """Values by name, each computed by its function when it is first asked for."""
 
@@ -204,9 +212,10 @@ class SkipCounter:
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as plain data, for `from_dict`."""
-        rows = {}
-        for reason, count in sorted(self.counts.items()):
-            rows[reason] = {"count": count, "examples": self.examples[reason][:]}
+        rows = {
+            reason: {"count": count, "examples": self.examples[reason][:]}
+            for reason, count in sorted(self.counts.items())
+        }
         return {"reasons": rows}
 
     @classmethod
