@@ -123,15 +123,17 @@ def opened(
         if isinstance(source, Image.Image):
             yield source, b""
             return
-        content = source if isinstance(source, bytes) else _read(source, key)
-        if not content:
+        if isinstance(source, Path):
+            check_file(source, key)
+            source = source.read_bytes()
+        if not source:
             raise BrokenPair("truncated image", key, "no bytes")
-        with open_header(BytesIO(content), key) as image:
+        with open_header(BytesIO(source), key) as image:
             if image.width * image.height > most_pixels:
                 raise Image.DecompressionBombError(
                     f"{image.width} x {image.height} pixels, at most {most_pixels:,}"
                 )
-            yield image, content
+            yield image, source
     except (Image.DecompressionBombError, MemoryError) as error:
         raise BrokenPair("image too large", key, str(error)) from error
     except UnidentifiedImageError as error:  # its message has an address in memory
@@ -155,12 +157,6 @@ def open_header(file: BinaryIO, key: str) -> ImageFile.ImageFile:
             if "HEIF" not in FORMATS and file.read(8) in (b"ftyp" + brand for brand in HEIC_BRANDS):
                 raise BrokenPair(HEIC, key) from None
             raise
-
-
-def _read(path: Path, key: str) -> bytes:
-    """The bytes of an image file; raises `BrokenPair`."""
-    check_file(path, key)
-    return path.read_bytes()
 
 
 def check_file(path: Path, key: str) -> None:

@@ -154,7 +154,8 @@ class ImageSource:
         try:
             pair = self.source[index]
         except BrokenPair as broken:
-            pair = Pair(broken.key, partial(raise_broken, broken), partial(raise_broken, broken))
+            fail = partial(raise_broken, broken)
+            pair = Pair(broken.key, captions=fail, open=fail)
         return Pair(
             # Not unique; characters that are not Unicode become "?"
             pair.key.encode(errors="replace").decode(),

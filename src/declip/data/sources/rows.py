@@ -5,7 +5,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain, count, islice
@@ -37,6 +37,7 @@ PEEKED_ROWS = 100  # rows of a JSONL file read to learn its columns, since no he
 # Splits that begin the names of Parquet files, as the Hub has them: `train-00000-of-00002.parquet`.
 SPLIT = re.compile("(train|val|dev|test)(?![a-z])|validation", re.IGNORECASE)
 Row = dict[str, Any]  # cells by column
+Readers = dict[str, Callable[[Any], Any]]  # what reads the cells of each column
 Names = Collection[str]
 Batches = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 NOT_UTF8 = "not UTF-8; if the file is Latin-1, convert it: iconv -f latin1 -t utf-8"
@@ -213,14 +214,15 @@ class TextRows(TableRows):
 
     def read(self, wanted: Sequence[str], captions: Names = (), labels: Names = ()) -> Batches:
         text = pa.large_string()
-        texts = pa.list_(pa.large_string())
-        fields = [(name, texts if name in captions else text) for name in wanted]
-        fields += [("line", pa.int64()), ("fault", text)]
-        schema = pa.schema(fields)
+        fields = [(name, pa.list_(text) if name in captions else text) for name in wanted]
+        schema = pa.schema([*fields, ("line", pa.int64()), ("fault", text)])
+        readers: Readers = dict.fromkeys(wanted, cell_name)
+        readers |= dict.fromkeys(labels, label_text)
+        readers |= dict.fromkeys(captions, partial(as_texts, reason="unreadable row", key=""))
 
         def batches() -> Iterator[pa.RecordBatch]:
             stamp = self.path.stat().st_mtime_ns
-            stored = (_stored(*record, wanted, captions, labels) for record in self.records())
+            stored = (_stored(line, cells, readers) for line, cells in self.records())
             while rows := list(islice(stored, TEXT_ROWS_AT_ONCE)):
                 yield pa.record_batch([*zip(*rows, strict=True)], schema=schema)
             if self.path.stat().st_mtime_ns != stamp:
@@ -231,23 +233,20 @@ class TextRows(TableRows):
         return schema, batches()
 
 
-def _stored(
-    line: int, cells: Row | BrokenPair, wanted: Sequence[str], captions: Names, labels: Names
-) -> tuple[Any, ...]:
-    """The wanted cells, the line's number, and no fault; or no cells and a fault."""
+def _stored(line: int, cells: Row | BrokenPair, readers: Readers) -> tuple[Any, ...]:
+    """The cells that are read, the line's number, and no fault; or no cells and a fault."""
     kept: list[Any] = []
     try:
         if isinstance(cells, BrokenPair):
             raise cells
-        for name in wanted:
-            cell = cells.get(name)
-            text = label_text if name in labels else cell_name
-            texts = as_texts(cell, "unreadable row", "") if name in captions else [text(cell)]
+        for name, reader in readers.items():
+            cell = reader(cells.get(name))
+            texts = cell if isinstance(cell, list) else [cell]
             if not all(map(is_unicode, filter(None, texts))):
                 raise BrokenPair("invalid text", "", NOT_UTF8)
-            kept.append(texts if name in captions else texts[0])
+            kept.append(cell)
     except BrokenPair as broken:
-        return (*[None] * len(wanted), line, f"{broken.reason}: {broken.detail}")
+        return (*[None] * len(readers), line, f"{broken.reason}: {broken.detail}")
     return (*kept, line, None)
 
 
@@ -306,21 +305,25 @@ class DelimitedRows(TextRows):
         cells = line.rstrip("\r\n").split(self.delimiter)
         if '"' not in line:
             return cells
+        read = partial(csv.reader, delimiter=self.delimiter)
+        if self.delimiter == "\t":  # a row is one line
+            with suppress(csv.Error):
+                cells = next(read([line], strict=True))
+            return cells
         taken = list[str]()
-        one_line = self.delimiter == "\t"
 
         def parts() -> Iterator[str]:
-            for part in chain([line], () if one_line else following):
+            for part in chain([line], following):
                 taken.append(part)
                 yield part
 
         try:
-            cells = next(csv.reader(parts(), delimiter=self.delimiter, strict=True))
+            cells = next(read(parts(), strict=True))
             lost = self._swallows(taken)
         except csv.Error as error:  # a quotation mark inside a cell, or one that is not closed
-            lost = not one_line and (len(taken) > 1 or "end of data" in str(error))
+            lost = len(taken) > 1 or "end of data" in str(error)
             with suppress(csv.Error):  # as spreadsheets read it
-                cells = cells if one_line else next(csv.reader([line], delimiter=self.delimiter))
+                cells = next(read([line]))
         if lost:
             problem = (
                 f"'{self.path}' has a quotation mark in line {number} that is not closed in its row"

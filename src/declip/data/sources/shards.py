@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from declip.data.images.decode import EXTENSIONS, LARGEST_IMAGE
-from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions
+from declip.data.pair import BrokenPair, Origin, as_texts, clean_captions, locate
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.shard_files import (
     COPIES,
@@ -39,7 +39,6 @@ MANY = 8
 AT_ONCE = 8
 
 CAPTION_KEYS = ("caption", "captions", "text", "texts")  # the first that has any is read
-MEMBERS = ("image", "text", "json")
 # The member of a pair that a file is, by its extension.
 KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS}
 KINDS |= {"txt": "text", "json": "json"}
@@ -50,7 +49,7 @@ PLACE = pa.list_(pa.int64(), 2)
 SCHEMA = pa.schema({"key": pa.large_binary(), "image": PLACE, "text": PLACE, "json": PLACE})
 
 # A shard, and start and size in bytes of each member of a pair that it has.
-ShardEntry = tuple[Shard, Mapping[str, tuple[int, int]]]
+ShardEntry = tuple[Shard, Mapping[str, Sequence[int]]]
 
 
 class ShardSource(EntrySource):
@@ -58,7 +57,6 @@ class ShardSource(EntrySource):
 
     def __init__(self, word: str) -> None:
         self._word = word
-        self._index_of = lru_cache(OPEN_INDICES)(self._opened_index)
         try:
             self._shards = find_shards(word)
             self.remote = any(shard.remote for shard in self._shards)
@@ -83,23 +81,19 @@ class ShardSource(EntrySource):
         return ShardSource, (self._word,)  # a worker process opens the shards itself
 
     def entry(self, index: int) -> tuple[str, ShardEntry]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        number = int(np.searchsorted(self._ends, index, "right"))
-        first = int(self._ends[number] - self._sizes[number])
+        number, row = locate(self._ends, index)
         shard = self._shards[number]
-        row = index - first
         where = f"{shard.label}, pair {row}"
         try:
-            pairs = self._index_of(number)
+            pairs = open_index(shard)
         except (UnreadableShard, UserError) as error:
             raise BrokenPair("unreadable shard", where, str(error)) from error
         if row >= len(pairs):
             lacks = f"{len(pairs):,} pairs instead of {self._sizes[number]:,}"
             raise BrokenPair("missing in shard", where, lacks)
-        key = pairs["key"][row].as_py().decode(errors="backslashreplace")  # not every name is UTF-8
-        entries = {member: pairs[member][row].as_py() for member in MEMBERS}
-        members = {member: tuple(entry) for member, entry in entries.items() if entry is not None}
+        cells = {name: pairs[name][row].as_py() for name in SCHEMA.names}
+        key = cells.pop("key").decode(errors="backslashreplace")  # not every name is UTF-8
+        members = {member: place for member, place in cells.items() if place is not None}
         return f"{shard.label}/{key}", (shard, members)
 
     def content(self, key: str, entry: ShardEntry) -> bytes:
@@ -155,14 +149,6 @@ class ShardSource(EntrySource):
         except UnicodeDecodeError as error:
             raise BrokenPair("invalid text", key, f"not UTF-8: {error}") from error
 
-    def _opened_index(self, number: int) -> pa.Table:
-        shard = self._shards[number]
-
-        def make() -> tuple[pa.Schema, list[pa.RecordBatch]]:
-            return SCHEMA, [make_index(open_shard(shard), shard.name)]
-
-        return cached_table("shards/index", shard.state, make)
-
     def _count(self) -> np.ndarray:
         """The number of pairs of each shard: from `sizes.json` next to remote ones, else from the indices."""
         promised = cache(counts)
@@ -176,11 +162,21 @@ class ShardSource(EntrySource):
         unknown = [number for number, count in enumerate(sizes) if count is None]
         at_once = AT_ONCE if self.remote else 1
         with ThreadPoolExecutor(at_once) as pool, pairs_bar(len(unknown) > MANY) as bar:
-            indices = pool.map(self._index_of, unknown)
+            indices = pool.map(open_index, [self._shards[number] for number in unknown])
             indexed = bar.track(indices, len(unknown), description="Indexing shards")
             for number, pairs in zip(unknown, indexed, strict=True):
                 sizes[number] = len(pairs)
         return np.array(sizes, np.int64)
+
+
+@lru_cache(OPEN_INDICES)
+def open_index(shard: Shard) -> pa.Table:
+    """The pairs of a shard, see `SCHEMA`, mapped from the cache."""
+
+    def make() -> tuple[pa.Schema, list[pa.RecordBatch]]:
+        return SCHEMA, [make_index(open_shard(shard), shard.name)]
+
+    return cached_table("shards/index", shard.state, make)
 
 
 def make_index(file: OpenFile, name: str) -> pa.RecordBatch:

@@ -8,13 +8,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from declip.data.columns import Columns
-from declip.data.pair import BrokenPair, OnDemand, Pair, PairSource, printable
+from declip.data.pair import BrokenPair, OnDemand, Pair, PairSource, locate, printable
 from declip.data.sources.names import absolute, relative, resolve, stored_path
 from declip.data.sources.rows import cell_name
 from declip.errors import UserError
@@ -99,12 +99,8 @@ class Joined(PairSource):
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Pair:
-        if not 0 <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        number = int(np.searchsorted(self._ends, index, "right"))
-        source = self.sources[number]
-        first = int(self._ends[number]) - len(source)
-        return source[index - first]
+        number, inner = locate(self._ends, index)
+        return self.sources[number][inner]
 
     def _groups(self) -> np.ndarray:
         return np.concatenate([groups_of(source) for source in self.sources])
@@ -159,7 +155,7 @@ class PairList(NamedTuple):
 def list_of(spec: str, columns: Columns, source: PairSource, indices: Iterable[int]) -> PairList:
     """A list of pairs of the opened source `spec`; for a list of pairs, it refers to the source of that."""
     listed = PairList(spec, columns, len(source), [])
-    positions = cast(Sequence[int], range(len(source)))
+    positions: Sequence[int] = range(len(source))
     if spec.lower().endswith(LIST_KIND) and isinstance(source, Subset):
         listed = read_pair_list(Path(spec).expanduser())
         source = source.source

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from declip.data.columns import DEFAULT, Columns, Missing, MissingColumns
 from declip.data.images.decode import image_below
 from declip.data.pair import BrokenPair, OnDemand, as_texts, clean_captions, printable
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.names import holds, is_url, names_shards
+from declip.data.sources.names import BRACES, holds, is_url, names_shards
 from declip.data.sources.rows import (
     NOT_UTF8,
     DelimitedRows,
@@ -40,18 +39,24 @@ from declip.io.cache import cached_table
 from declip.io.text import one_line
 
 # Column names of public sets, most telling first; tried when the default column is missing.
-PATH_NAMES = (
-    *("file_name", "image_path", "filepath", "file_path", "path"),
-    *("filename", "image_file", "img", "file"),
+IMAGE_NAMES = (
+    "image",
+    "file_name",
+    "image_path",
+    "filepath",
+    "file_path",
+    "path",
+    "filename",
+    "image_file",
+    "img",
+    "file",
 )
-IMAGE_NAMES = ("image", *PATH_NAMES)
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description", "sentences")
 # Never tried, but named where captions are guessed
 OTHER_TEXTS = ("keywords", "tags", "alt", "alt_text")
 # Once per process, however often the table is opened
 warn_once = cache(logging.getLogger("declip").warning)
 
-BRACES = re.compile(r"\{([^{}]*)\}")
 Captions = dict[str, tuple[str, ...]]
 """Columns and templates of captions, with the columns that each reads: for a column itself."""
 
@@ -161,10 +166,8 @@ class TableSource(EntrySource):
         cells = list[str]()
         for batch in self.file.read([column], labels=[column])[1]:
             cells += [label_text(named(cell, labels)) for cell in batch[column].to_pylist()]
-        pairs = []
-        for rows in self._pairs.to_pylist():
-            pairs.append(tuple(dict.fromkeys(cells[row] for row in rows)))
-        return pairs
+        pairs = self._pairs.to_pylist()
+        return [tuple(dict.fromkeys(map(cells.__getitem__, rows))) for rows in pairs]
 
     def other_columns(self) -> dict[str, np.ndarray]:
         names = [name for name in self.cells if name not in self._columns]

@@ -248,17 +248,25 @@ class WrappedTokenizer(CaptionTokenizer):
     ) -> None:
         super().__init__(context)
         self.stored: dict[str, Any] = {
-            "definition": definition, "context": context, "clean": clean, "padding": padding, "zeroed": zeroed,
-        }  # fmt: skip
+            "definition": definition,
+            "context": context,
+            "clean": clean,
+            "padding": padding,
+            "zeroed": zeroed,
+        }
         self._arguments = tuple(self.stored.values())
         self.padding = padding
         self._clean = CLEAN[clean]
         self._zeroed = zeroed
-        self.clip = Tokenizer(context) if definition is None else None
-        self.library = self.clip.library if self.clip else read_definition(str(definition))
-        if not self.clip:
+        self.clip: Tokenizer | None = None
+        if definition is None:
+            self.clip = Tokenizer(context)
+            self.library = self.clip.library
+            self.vocabulary = self.clip.mask
+        else:
+            self.library = read_definition(definition)
             self.library.enable_truncation(context)
-        self.vocabulary = self.clip.mask if self.clip else self.library.get_vocab_size()
+            self.vocabulary = self.library.get_vocab_size()
         self.words = range(self.vocabulary)
         *start, self.end = self.encode("") or [padding]
         self.start = start[0] if start else -1
