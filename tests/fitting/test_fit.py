@@ -1,10 +1,12 @@
 """Fine-tuning of projections between frozen towers in closed form."""
 
+import functools
 import os
 import re
 import shutil
 import signal
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -69,33 +71,62 @@ def keys_of(**keys):
     return {"image.size": 32, "text.context_length": 24, "train.precision": "fp32", **keys}
 
 
-def start_of(folder, towers=None):
+def start_of(folder, vit="vit.safetensors"):
     """The name of two towers without projections."""
-    return f"timm:test_vit/{(towers or folder) / 'vit.safetensors'}+{folder / 'bert'}"
+    return f"timm:test_vit/{folder / vit}+{folder / 'bert'}"
 
 
-def fitted(folder, out, table="pairs.csv", resume=False, **keys):
+def fitted(folder, out, table="pairs.csv", resume=False, start=None, **keys):
     """Fine-tune as the command does."""
-    return declip.finetune(
-        folder / table, start_of(folder), keys_of(**keys), out, resume, progress=False
-    )
+    start = start or start_of(folder)
+    return declip.finetune(folder / table, start, keys_of(**keys), out, resume, progress=False)
 
 
-def cosines(where, folder):
-    """Similarities of all images and captions, and the logit scale."""
-    model = declip.load(where, device="cpu")
+@pytest.fixture(scope="module")
+def classifier(folder):
+    """As keys of `fitted`: towers of which the first has classes, and their names."""
+    tower = timm.create_model("test_vit", num_classes=len(COLORS)).state_dict()
+    save_file(tower, folder / "classes.safetensors")
+    (folder / "names.txt").write_text("\n".join(COLORS))
+    names = {"finetune.class_names": str(folder / "names.txt")}
+    return {"start": start_of(folder, "classes.safetensors"), **names}
+
+
+@functools.cache
+def read_pairs(folder):
+    """All images and all captions."""
     source = open_source(folder / "pairs.csv")
-    captions = [caption for index in range(len(source)) for caption in source[index].captions()]
+    pairs = [source[index] for index in range(COUNT)]
+    return [pair.open() for pair in pairs], [each for pair in pairs for each in pair.captions()]
+
+
+def cosines(model, folder):
+    """Similarities of all images and captions, and the logit scale."""
+    images, captions = read_pairs(folder)
     with torch.no_grad():
-        images = model.encode_image(
-            model.preprocess([source[index].open().decoded() for index in range(len(source))])
-        )
-        return images @ model.encode_text(model.tokenize(captions)).mT * model.logit_scale.exp()
+        features = model.encode_image(model.preprocess([image.decoded() for image in images]))
+        return features @ model.encode_text(model.tokenize(captions)).mT * model.logit_scale.exp()
+
+
+def loaded_cosines(where, folder):
+    return cosines(declip.load(where, device="cpu"), folder)
 
 
 @pytest.fixture(scope="module")
 def run(folder):
     return fitted(folder, folder / "run")
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    """The model of `run`, which no test changes."""
+    return declip.load(run.folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def similarities(model, folder):
+    """The cosines of `run`, times its logit scale."""
+    return cosines(model, folder)
 
 
 @pytest.fixture(autouse=True)
@@ -105,34 +136,34 @@ def without_exports(request, monkeypatch):
         monkeypatch.setattr("declip.fitting.run.export_complete", lambda *_: None)
 
 
-def test_heads_are_those_of_every_caption_of_all_pairs(run, folder):
-    model = declip.load(run.folder, device="cpu")
-    source = open_source(folder / "pairs.csv")
-    captions = [source[index].captions() for index in range(COUNT)]
-    of = model.preprocessor
+def pooled(model, folder, precision=torch.float32):
+    """Features of all images and captions as a fit computes them."""
+    images, captions = read_pairs(folder)
+    preprocessor = model.preprocessor
+    resized = torch.stack([preprocessor.fast(image) for image in images])
+    tower = pooling_tower(model, precision)
     with torch.no_grad():
-        images = model.image_tower.pool(
-            of([source[index].open().decoded() for index in range(COUNT)])
-        )
-        resized = of.normalize(
-            torch.stack([of.fast(source[index].open()) for index in range(COUNT)])
-        )
-        seen = model.image_tower.pool(resized)
-        texts = model.text_tower.pool(model.tokenize([each for pair in captions for each in pair]))
+        features = tower.pool(preprocessor.normalize(resized).to(precision)).float()
+        texts = model.text_tower.pool(model.tokenize(captions))
+    return Pairs(features, texts, torch.arange(COUNT).repeat_interleave(2))
+
+
+def test_heads_are_those_of_every_caption_of_all_pairs(run, model, similarities, folder):
+    pairs = pooled(model, folder)
+    exact = [image.decoded() for image in read_pairs(folder)[0]]
+    with torch.no_grad():
+        images = model.image_tower.pool(model.preprocess(exact))
     known = run.cross_validation
-    pairs = Pairs(seen, texts, torch.arange(COUNT).repeat_interleave(2))
     heads = fit_heads(pairs, None, 0.0, Form(known["method"], known["ridge"]))
-    expected = heads.similarities(images.double(), texts.double()).float() * known["logit_scale"]
-    torch.testing.assert_close(cosines(run.folder, folder), expected, rtol=0, atol=1e-3)
-    assert (known["pairs"], known["captions"], known["classes"], known["candidates"]) == (
-        COUNT,
-        2 * COUNT,
-        0,
-        8,
-    )
+    expected = heads.similarities(images.double(), pairs.texts.double()).float()
+    torch.testing.assert_close(similarities, expected * known["logit_scale"], rtol=0, atol=1e-3)
+    counts = {"pairs": COUNT, "captions": 2 * COUNT, "classes": 0, "candidates": 8}
+    assert {name: known[name] for name in counts} == counts
 
 
-def test_a_fit_is_two_matrices_its_measures_and_an_export_that_stands_alone(run, folder, tmp_path):
+def test_a_fit_is_two_matrices_its_measures_and_an_export_that_stands_alone(
+    run, similarities, folder, tmp_path
+):
     assert run.finished
     names = {path.name for path in run.folder.iterdir()}
     assert names == {
@@ -148,23 +179,16 @@ def test_a_fit_is_two_matrices_its_measures_and_an_export_that_stands_alone(run,
     assert small < 0.2 * (run.folder / "exported/safetensors/declip.safetensors").stat().st_size
     moved = tmp_path / "moved"
     shutil.copytree(run.folder / "exported" / "safetensors", moved)
-    torch.testing.assert_close(
-        cosines(moved, folder), cosines(run.folder, folder), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(loaded_cosines(moved, folder), similarities, rtol=0, atol=1e-5)
     # --- the page and the table of captions
     page = run.report.read_text(encoding="utf-8")
     assert f"fitted to {start_of(folder)}" in page
-    known = run.cross_validation
-    assert (
-        f"better than {percent(known['percentile']['value']).replace(' ', NBSP)} of the others"
-        in page
-    )
-    assert (list(known["recall"]), known["recall"]["1"]["chance"]) == (
-        ["1"],
-        1 / 8,
-    )  # 10 is more than a fifth of 8
+    percentile, recall = run.cross_validation["percentile"]["value"], run.cross_validation["recall"]
+    assert f"better than {percent(percentile).replace(' ', NBSP)} of the others" in page
+    assert list(recall) == ["1"], "10 is more than a fifth of 8"
+    assert recall["1"]["chance"] == 1 / 8
     assert all(fitted_lines(run)), "no empty line"
-    place = round(100 - 99 * known["percentile"]["value"])
+    place = round(100 - 99 * percentile)
     assert re.search(
         rf"of the others [^<]* Among 100 images, the right one is then in place {place} ", page
     )
@@ -180,16 +204,10 @@ def test_a_fit_is_two_matrices_its_measures_and_an_export_that_stands_alone(run,
     assert 0 <= ranks[-1] < ranks[0] <= 1
 
 
-def test_a_base_that_is_gone_or_another_one_is_named(folder, tmp_path):
+def test_a_base_that_is_gone_or_another_one_is_named(similarities, folder, tmp_path):
     base = tmp_path / "vit.safetensors"
     shutil.copy(folder / "vit.safetensors", base)
-    run = declip.finetune(
-        folder / "pairs.csv",
-        start_of(folder, tmp_path),
-        keys_of(),
-        tmp_path / "run",
-        progress=False,
-    )
+    run = fitted(folder, tmp_path / "run", start=start_of(folder, base))
     base.rename(tmp_path / "away.safetensors")
     refuses(
         ("was fitted to 'timm:test_vit/", "exported/safetensors"), declip.load, run.folder, "cpu"
@@ -198,32 +216,27 @@ def test_a_base_that_is_gone_or_another_one_is_named(folder, tmp_path):
     save_file(other, base)
     refuses("of fingerprint .* but that is now", declip.load, run.folder, "cpu")
     (tmp_path / "away.safetensors").rename(base)
-    before = cosines(run.folder, folder)
     elsewhere = run.folder.rename(tmp_path / "elsewhere")
-    assert torch.equal(cosines(elsewhere, folder), before)
+    assert torch.equal(loaded_cosines(elsewhere, folder), similarities)
 
 
 def test_the_card_of_a_fit_states_no_steps_and_its_cross_validation(run):
-    card, _, end = (
-        (run.folder / "exported/safetensors/README.md")
-        .read_text(encoding="utf-8")
-        .partition("<details>")
-    )
+    page = (run.folder / "exported/safetensors/README.md").read_text(encoding="utf-8")
+    card, _, end = page.partition("<details>")
     assert f"{COUNT} pairs" in card
-    assert [
-        words for words in ("peak learning rate", "steps of", "pairs seen") if words in card
-    ] == []
+    assert not any(words in card for words in ("peak learning rate", "steps of", "pairs seen"))
     known = run.cross_validation["percentile"]
     numbers = f"better than {percent(known['value'])} of the others ({percent(known['low'])} to"
-    assert (numbers in end, f"n = {2 * COUNT}" in end, "No results" in end) == (True, True, False)
+    assert numbers in end
+    assert f"n = {2 * COUNT}" in end
+    assert "No results" not in end
 
 
-def test_another_order_of_pairs_changes_nothing(run, folder, tmp_path):
+def test_another_order_of_pairs_changes_nothing(run, similarities, folder, tmp_path):
     other = fitted(folder, tmp_path / "run", "reversed.csv")
     assert other.cross_validation["ridge"] == run.cross_validation["ridge"]
-    torch.testing.assert_close(
-        cosines(other.folder, folder), cosines(run.folder, folder), rtol=0, atol=1e-3
-    )
+    found = loaded_cosines(other.folder, folder)
+    torch.testing.assert_close(found, similarities, rtol=0, atol=1e-3)
 
 
 def test_a_finished_fit_stays(run, folder, tmp_path):
@@ -299,14 +312,16 @@ def test_views_of_one_object_are_named_where_they_are_not_left_out_together(fold
         texts = [f"text {number}", f"other {number}"][: 1 + number % 3]  # rows and images differ
         rows += [f"{tmp_path / f'{number}.png'},{text},{row}" for text in texts]
     (folder / "views.csv").write_text("\n".join(rows) + "\n")
-    runs = [
-        fitted(folder, tmp_path / f"run{len(key)}", "views.csv", **key) for key in ({}, GROUPED)
-    ]
-    assert [run.cross_validation["leaking"] for run in runs] == ["product", None]
-    warned = ["data.columns.group=product" in line for line in fitted_lines(runs[0])]
-    percentile = ["fits its image better than" in line for line in fitted_lines(runs[0])]
-    assert (warned, any(warned)) == (percentile, True), "at the number that is too high"
-    assert "data.columns.group" not in " ".join(fitted_lines(runs[1]))
+    run = fitted(folder, tmp_path / "run", "views.csv")
+    grouped = fitted(folder, tmp_path / "grouped", "views.csv", **GROUPED)
+    assert run.cross_validation["leaking"] == "product"
+    assert grouped.cross_validation["leaking"] is None
+    lines = fitted_lines(run)
+    warned = [line for line in lines if "data.columns.group=product" in line]
+    percentile = [line for line in lines if "fits its image better than" in line]
+    assert warned
+    assert warned == percentile, "at the number that is too high"
+    assert "data.columns.group" not in " ".join(fitted_lines(grouped))
 
 
 def test_copies_of_an_image_are_left_out_together(folder, tmp_path):
@@ -331,54 +346,36 @@ def test_keys_without_effect_are_refused(key, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_classes_of_the_start_are_pairs_too(folder, tmp_path):
-    save_file(
-        timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "vit.safetensors"
-    )
-    (tmp_path / "names.txt").write_text("\n".join(COLORS))
-    options, keys = {"progress": False}, keys_of()
-    names = {"finetune.class_names": str(tmp_path / "names.txt")}
-    start = start_of(folder, tmp_path)
-    known = declip.finetune(
-        folder / "pairs.csv", start, keys | names, tmp_path / "run", **options
-    ).cross_validation
-    assert (known["classes"], known["better"]) == (4, known["gain"]["low"] > 0)
-    assert known["gain"]["value"] == pytest.approx(
-        known["percentile"]["value"] - known["percentile_of_start"]["value"]
-    )
-    printed = " ".join(
-        fitted_lines(SimpleNamespace(cross_validation={**known, "method": "ridge"}, mixture={}))
-    )
-    assert ("without any fitting" in printed, points(known["gain"]["value"]) in printed) == (
-        True,
-        True,
-    )
+def test_the_classes_of_the_start_are_pairs_too(classifier, folder, tmp_path):
+    known = fitted(folder, tmp_path / "run", **classifier).cross_validation
+    assert known["classes"] == len(COLORS)
+    assert known["better"] == (known["gain"]["low"] > 0)
+    gain = known["percentile"]["value"] - known["percentile_of_start"]["value"]
+    assert known["gain"]["value"] == pytest.approx(gain)
+    printed = said({**known, "method": "ridge"})
+    assert "without any fitting" in printed
+    assert points(known["gain"]["value"]) in printed
     model = declip.load(tmp_path / "run", "cpu")
-    assert model.image_tower.proj.classes.shape == (4, model.image_tower.pre_logits_width)
+    projection = model.image_tower.proj
+    assert projection.classes.shape == (len(COLORS), model.image_tower.pre_logits_width)
     further = declip.finetune(
         folder / "pairs.csv", tmp_path / "run", TRAINED, tmp_path / "all", freeze="none"
     )
     trained = declip.load(further.folder, "cpu").image_tower.proj
-    assert trained.axes.shape == model.image_tower.proj.axes.shape
-    assert torch.equal(trained.anchors, model.image_tower.proj.anchors)
-    keys["finetune.class_pairs"] = False
-    run = declip.finetune(folder / "pairs.csv", start, keys, tmp_path / "without", **options)
-    assert run.cross_validation["classes"] == 0
+    assert trained.axes.shape == projection.axes.shape
+    assert torch.equal(trained.anchors, projection.anchors)
+    unnamed = {"start": classifier["start"], "finetune.class_pairs": False}
+    assert fitted(folder, tmp_path / "without", **unnamed).cross_validation["classes"] == 0
 
 
 def test_heads_with_neighbors_are_compared_with_the_start_which_stays_otherwise(
-    folder, tmp_path, monkeypatch
+    classifier, folder, tmp_path, monkeypatch
 ):
-    tower = timm.create_model("test_vit", num_classes=4).state_dict()
-    save_file(tower, tmp_path / "vit.safetensors")
-    (tmp_path / "names.txt").write_text("\n".join(COLORS))
-    keys = keys_of(**{"finetune.class_names": tmp_path / "names.txt"})
     seen, known = [], {}
     for better in (True, False):
         compare = lambda outcome, *_, better=better: seen.append(outcome) or better  # noqa: E731
         monkeypatch.setattr("declip.closed_form.choice.beats", compare)
-        out = tmp_path / str(better)
-        run = declip.finetune(folder / "pairs.csv", start_of(folder, tmp_path), keys, out)
+        run = fitted(folder, tmp_path / str(better), **classifier)
         known[better] = run.cross_validation
     assert (known[True]["method"], known[True]["neighbors"]) == ("ridge", [0.5, 0.5])
     assert (known[False]["method"], known[False]["neighbors"]) == ("start", [1.0, 0.0])
@@ -387,34 +384,24 @@ def test_heads_with_neighbors_are_compared_with_the_start_which_stays_otherwise(
     assert known[False]["percentile"] == known[True]["percentile_of_start"]
 
 
-def pooled(where, folder, precision=torch.float32):
-    """Features of all images and captions as a fit computes them, by the towers of a run."""
-    model = declip.load(where, device="cpu")
-    source = open_source(folder / "pairs.csv")
-    captions = [caption for index in range(COUNT) for caption in source[index].captions()]
-    preprocessor = model.preprocessor
-    resized = torch.stack([preprocessor.fast(source[index].open()) for index in range(COUNT)])
-    tower = pooling_tower(model, precision)
-    with torch.no_grad():
-        images = tower.pool(preprocessor.normalize(resized).to(precision)).float()
-        texts = model.text_tower.pool(model.tokenize(captions))
-        names = model.text_tower.pool(model.tokenize(list(COLORS)))
-    return Pairs(images, texts, torch.arange(COUNT).repeat_interleave(2)), names
+def first_lines(folder, count, name):
+    """Write a table of the first lines of the pairs."""
+    lines = (folder / "pairs.csv").read_text().splitlines()[: 1 + count]
+    (folder / name).write_text("\n".join(lines) + "\n")
 
 
-def test_a_saved_model_computes_posteriors_as_the_heads_that_were_fitted(folder, tmp_path):
-    tower = timm.create_model("test_vit", num_classes=4).state_dict()
-    save_file(tower, tmp_path / "vit.safetensors")
-    (tmp_path / "names.txt").write_text("\n".join(COLORS))
+def test_a_saved_model_computes_posteriors_as_the_heads_that_were_fitted(
+    classifier, folder, tmp_path
+):
     # Pairs that are too few for a choice, so that the form and the weight of the classes are known
-    (folder / "ten.csv").write_text(
-        "\n".join((folder / "pairs.csv").read_text().splitlines()[:21]) + "\n"
-    )
-    start, names = start_of(folder, tmp_path), {"finetune.class_names": tmp_path / "names.txt"}
-    run = declip.finetune(folder / "ten.csv", start, keys_of(**names), tmp_path / "run")
-    pairs, texts = pooled(run.folder, folder)
+    first_lines(folder, 20, "ten.csv")
+    run = fitted(folder, tmp_path / "run", "ten.csv", **classifier)
+    model = declip.load(run.folder, "cpu")
+    pairs = pooled(model, folder)
+    with torch.no_grad():
+        texts = model.text_tower.pool(model.tokenize(list(COLORS)))
     few = Pairs(pairs.images[:10], pairs.texts[:20], pairs.owners[:20])
-    rows = tower["head.weight"]
+    rows = load_file(folder / "classes.safetensors")["head.weight"]
     classes = ClassPairs(rows, texts, torch.arange(4), torch.zeros(rows.shape[1]))
     heads = fit_heads(few, classes, 1.0, DEFAULT_FORM)
     heads = heads._replace(neighbors=known_pairs(few, classes))  # all their dimensions
@@ -422,29 +409,26 @@ def test_a_saved_model_computes_posteriors_as_the_heads_that_were_fitted(folder,
     known = run.cross_validation
     assert known["neighbors"] == [0.5, 0.5]
     assert (known["method"], known["class_weight"], known["pairs"]) == ("ridge", 1.0, 10)
-    torch.testing.assert_close(
-        cosines(run.folder, folder) / known["logit_scale"], expected, rtol=0, atol=2e-3
-    )
+    found = cosines(model, folder) / known["logit_scale"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
     # --- what the anchors are
     keys = [open_source(folder / "ten.csv")[index].key for index in range(10)]
     assert [key for key, _ in run.known] == [*keys, "", "", "", ""]
     assert [caption for _, caption in run.known[10:]] == list(COLORS)
-    captions = declip.load(run.folder, "cpu").text_tower.text_projection.side
+    captions = model.text_tower.text_projection.side
     of_first = captions.nearest(pairs.texts[0:20:2], 2)[1]
     assert [row in near for row, near in enumerate(of_first.tolist())] == [True] * 10
     assert run.known[3][1] == open_source(folder / "ten.csv")[3].captions()[0]
 
 
-def test_features_are_computed_in_the_precision_of_the_recipe(run, folder, tmp_path):
-    rounded = fitted(folder, tmp_path / "run", **{"train.precision": "bf16"})
-    known = rounded.cross_validation
-    found = cosines(rounded.folder, folder) / known["logit_scale"]
-    exact, _ = pooled(run.folder, folder)
-    form = Form(known["method"], known["ridge"])
+def test_features_are_computed_in_the_precision_of_the_recipe(model, folder, tmp_path):
+    run = fitted(folder, tmp_path / "run", **{"train.precision": "bf16"})
+    known = run.cross_validation
+    found = loaded_cosines(run.folder, folder) / known["logit_scale"]
+    exact, rounded = pooled(model, folder), pooled(model, folder, torch.bfloat16)
     differences = []
-    for precision in (torch.bfloat16, torch.float32):
-        pairs, _ = pooled(run.folder, folder, precision)
-        heads = fit_heads(pairs, None, 0.0, form)
+    for pairs in (rounded, exact):
+        heads = fit_heads(pairs, None, 0.0, Form(known["method"], known["ridge"]))
         expected = heads.similarities(exact.images.double(), exact.texts.double())
         differences.append(float((found - expected).abs().mean()))
     assert differences[0] < 0.2 * differences[1]
@@ -457,40 +441,29 @@ def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(
     # Another candidate than the start
     monkeypatch.setattr("declip.closed_form.choice.START_CAUTION", -9.0)
     monkeypatch.setattr("declip.closed_form.choice.beats", lambda *_: True)
-    rows = (folder / "pairs.csv").read_text().splitlines()
-    words = [row.split(",", 1)[1] for row in rows[1:]]
-    others = [
-        f"{row.split(',')[0]},{word}" for row, word in zip(rows[1:], words[::-1], strict=True)
-    ]
-    (folder / "others.csv").write_text("\n".join([rows[0], *others]) + "\n")
     kept = folder / "pairs.csv"
-    mixed = declip.finetune(
-        folder / "others.csv",
-        run.folder,
-        None,
-        tmp_path / "a",
-        freeze="both",
-        keep=kept,
-        progress=False,
-    )
+    head, *rows = kept.read_text().splitlines()
+    images, captions = zip(*(row.split(",", 1) for row in rows), strict=True)
+    others = map(",".join, zip(images, captions[::-1], strict=True))
+    (folder / "others.csv").write_text("\n".join([head, *others]) + "\n")
+    options = {"freeze": "both", "keep": kept, "progress": False}
+    mixed = declip.finetune(folder / "others.csv", run.folder, None, tmp_path / "a", **options)
     scores = {float(alpha): found for alpha, found in mixed.mixture["scores"].items()}
-    assert (
-        mixed.mixture["alpha"]
-        == max(scores, key=lambda alpha: (sum(scores[alpha].values()), alpha))
-        < 1
-    )
-    assert scores[mixed.mixture["alpha"]][str(kept)] > scores[1][str(kept)]
+    sums = {alpha: sum(found.values()) for alpha, found in scores.items()}
+    alpha = mixed.mixture["alpha"]
+    assert alpha == max(alpha for alpha in sums if sums[alpha] == max(sums.values())) < 1
+    assert scores[alpha][str(kept)] > scores[1][str(kept)]
     # --- the run, its export and its results are the mixture's
     (before,), (after,) = mixed.results_of_start, mixed.results
     truth = declip.evaluate(mixed.folder, str(kept), "retrieval", device="cpu")
     assert after.headline.value == truth.headline.value
     assert before.headline.value >= after.headline.value > scores[1][str(kept)]
-    exported = cosines(mixed.folder / "exported" / "safetensors", folder)
-    torch.testing.assert_close(exported, cosines(mixed.folder, folder), rtol=0, atol=1e-5)
-    page = mixed.report.read_text(encoding="utf-8")
-    assert f"{mixed.mixture['alpha']:g} × fine-tuned" in page
+    exported = loaded_cosines(mixed.folder / "exported" / "safetensors", folder)
+    torch.testing.assert_close(exported, loaded_cosines(mixed.folder, folder), rtol=0, atol=1e-5)
+    assert f"{alpha:g} × fine-tuned" in mixed.report.read_text(encoding="utf-8")
 
 
+PERCENTILE = {"value": 0.75, "low": 0.6, "high": 0.9}
 MEASURED = {
     "pairs": 31,
     "captions": 31,
@@ -498,9 +471,11 @@ MEASURED = {
     "method": "ridge",
     "ridge": 1.0,
     "class_weight": 0.0,
+    "percentile": PERCENTILE,
+    "recall": {},
+    "leaking": None,
+    "growth": {"pairs": [], "measured": []},
 }
-NO_CURVE = {"pairs": [], "measured": []}
-PERCENTILE = {"value": 0.75, "low": 0.6, "high": 0.9}
 VERDICTS = [
     ((0.02, 0.01, 0.03), "is better: +2.0", None),
     (
@@ -518,20 +493,20 @@ VERDICTS = [
 ]
 
 
+def lines_of(known):
+    """What is printed of a fit with some measures."""
+    return fitted_lines(SimpleNamespace(cross_validation=known, mixture={}))
+
+
+def said(known):
+    return " ".join(lines_of(known))
+
+
 @pytest.mark.parametrize(("gain", "verdict", "advice"), VERDICTS)
 def test_the_interval_of_the_gain_decides_what_is_said(gain, verdict, advice):
-    interval = dict(zip(("value", "low", "high"), gain, strict=True))
-    known = {
-        **MEASURED,
-        "percentile": PERCENTILE,
-        "recall": {},
-        "leaking": None,
-        "growth": NO_CURVE,
-        "gain": interval,
-    }
+    known = {**MEASURED, "gain": dict(zip(("value", "low", "high"), gain, strict=True))}
     for start in ({"percentile_of_start": PERCENTILE}, {}):
-        run = SimpleNamespace(cross_validation={**known, **start}, mixture={})
-        printed = " ".join(fitted_lines(run))
+        printed = said({**known, **start})
         assert (verdict in printed) == bool(start)
         assert ("better than chance" in printed) == (not start and gain[1] < 0)
         assert ("declip choose" in printed) == bool(advice)
@@ -539,14 +514,15 @@ def test_the_interval_of_the_gain_decides_what_is_said(gain, verdict, advice):
 
 
 def test_a_gain_whose_interval_contains_0_is_not_called_better(folder, tmp_path):
-    rows = [row.split(",", 1) for row in (folder / "pairs.csv").read_text().splitlines()]
+    head, *rows = (folder / "pairs.csv").read_text().splitlines()
+    captions = [row.partition(",")[2] for row in rows]
     # Captions of other images; by chance some fit
-    order = np.random.default_rng(7).permutation(COUNT)
-    images = [rows[1 + 2 * image][0] for image in order.repeat(2)]
+    order = np.random.default_rng(7).permutation(COUNT).repeat(2)
     table = [
-        f"{folder / image},{caption}" for image, (_, caption) in zip(images, rows[1:], strict=True)
+        f"{folder / f'{image}.png'},{caption}"
+        for image, caption in zip(order, captions, strict=True)
     ]
-    (tmp_path / "shuffled.csv").write_text("\n".join([",".join(rows[0]), *table]) + "\n")
+    (tmp_path / "shuffled.csv").write_text("\n".join([head, *table]) + "\n")
     run = fitted(folder, tmp_path / "run", tmp_path / "shuffled.csv")
     gain = run.cross_validation["gain"]
     assert gain["low"] < 0 < gain["value"]
@@ -558,23 +534,13 @@ def test_a_gain_whose_interval_contains_0_is_not_called_better(folder, tmp_path)
 
 
 def test_a_start_that_stays_is_said_in_plain_words():
-    known = {
-        **MEASURED,
-        "method": "start",
-        "percentile": PERCENTILE,
-        "recall": {},
-        "leaking": None,
-        "growth": NO_CURVE,
-    }
-    known["gain"] = {"value": 0.0, "low": 0.0, "high": 0.0}
-    printed = " ".join(fitted_lines(SimpleNamespace(cross_validation=known, mixture={})))
-    assert ("Nothing was changed" in printed, "chance 50" in printed, "no better" in printed) == (
-        True,
-        True,
-        False,
-    )
+    known = {**MEASURED, "method": "start", "gain": {"value": 0.0, "low": 0.0, "high": 0.0}}
+    printed = said(known)
+    assert "Nothing was changed" in printed
+    assert "chance 50" in printed
+    assert "no better" not in printed
     known |= {"known_pairs": 31, "neighbors": [0.5, 0.5], "percentile_of_start": PERCENTILE}
-    lines = fitted_lines(SimpleNamespace(cross_validation=known, mixture={}))
+    lines = lines_of(known)
     assert all(lines)
     assert "Nothing was changed" not in lines[0]
     assert "pairs and classes an image and a caption both resemble" in lines[0]
@@ -599,14 +565,11 @@ def fitted_here(folder, out):
     return run.finished, run.is_rank_zero
 
 
-def test_two_processes_are_one(run, folder, tmp_path):
-    assert in_processes(fitted_here, 2, tmp_path / "meet", folder, tmp_path / "run") == [
-        (True, True),
-        (True, False),
-    ]
-    torch.testing.assert_close(
-        cosines(tmp_path / "run", folder), cosines(run.folder, folder), rtol=0, atol=1e-5
-    )
+def test_two_processes_are_one(similarities, folder, tmp_path):
+    ends = in_processes(fitted_here, 2, tmp_path / "meet", folder, tmp_path / "run")
+    assert ends == [(True, True), (True, False)]
+    found = loaded_cosines(tmp_path / "run", folder)
+    torch.testing.assert_close(found, similarities, rtol=0, atol=1e-5)
 
 
 def words_of(folder, table, out, **keys):
@@ -616,16 +579,14 @@ def words_of(folder, table, out, **keys):
 
 
 def test_one_pair_is_fitted_without_a_validation_part(folder, tmp_path, command):
-    (folder / "single.csv").write_text(
-        "\n".join((folder / "pairs.csv").read_text().splitlines()[:2]) + "\n"
-    )
+    first_lines(folder, 1, "single.csv")
     printed = command(*words_of(folder, "single.csv", tmp_path / "run"))
     assert printed.status == 0
     parts = ("1 pair", "--val", "needs 20 different pairs; there is 1: nothing was measured")
     assert all(part in printed.out for part in parts)
     run = FittedRun(tmp_path / "run")
     assert (run.results, run.cross_validation["pairs"]) == ([], 1)
-    assert bool(cosines(tmp_path / "run", folder).isfinite().all())
+    assert loaded_cosines(tmp_path / "run", folder).isfinite().all()
 
 
 def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(
@@ -633,13 +594,10 @@ def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(
 ):
     head, *rows = (folder / "pairs.csv").read_text().splitlines()
     (folder / "broken.csv").write_text("\n".join([head, *rows, "missing.png,a red circle,"]) + "\n")
-    printed = command(
-        *words_of(folder, "broken.csv", tmp_path / "run", **{"text.context_length": 5})
-    )
-    assert (printed.status, "Left out: 1 × missing image, such as missing.png" in printed.out) == (
-        0,
-        True,
-    )
+    short = {"text.context_length": 5}
+    printed = command(*words_of(folder, "broken.csv", tmp_path / "run", **short))
+    assert printed.status == 0
+    assert "Left out: 1 × missing image, such as missing.png" in printed.out
     assert "longer than 5 tokens" in caplog.text
     run = FittedRun(tmp_path / "run")
     assert (run.skipped["seen"], run.cross_validation["pairs"]) == (COUNT + 1, COUNT)
@@ -649,11 +607,11 @@ def test_broken_pairs_are_counted_and_refused_and_cut_captions_named(
 
 
 @pytest.mark.parametrize("more", ["", "posteriors", "neighbors"])
-def test_heads_are_applied_after_the_projections_of_their_start(more, run):
+def test_heads_are_applied_after_the_projections_of_their_start(more, model):
     """The merged model computes what the heads compute from the embeddings of the base."""
-    model, heads = declip.load(run.folder, "cpu"), Heads(*torch.randn(2, 8, 64).unbind())
+    model = deepcopy(model)
     tower, weights = model.image_tower, len(model.image_tower.proj.weight)
-    heads = Heads(heads.image[:, :weights], heads.text[:, :weights])
+    heads = Heads(*torch.randn(2, 8, weights).unbind())
     if more == "posteriors":
         tower.proj = PosteriorProjection(tower.pre_logits_width, 4, weights)
         torch.nn.init.normal_(tower.proj.classes)
@@ -662,11 +620,10 @@ def test_heads_are_applied_after_the_projections_of_their_start(more, run):
     adapted = Adapted(Base(model, projected=True, name="start"), heads, 7.0)
     images = model.preprocess([texture(0), texture(1)])
     tokens = model.tokenize(["red circle", "blue"])
+    merged = adapted.merged()
     with torch.no_grad():
         expected = heads.similarities(model.encode_image(images), model.encode_text(tokens))
-        found = adapted.encode_image(images) @ adapted.encode_text(tokens).mT
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        merged = adapted.merged()
-        found = merged.encode_image(images) @ merged.encode_text(tokens).mT
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        for encoder in (adapted, merged):
+            found = encoder.encode_image(images) @ encoder.encode_text(tokens).mT
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert merged.logit_scale.exp().item() == pytest.approx(7)
