@@ -150,6 +150,7 @@ def write_table(path, rows):
 def in_processes(function, world, folder, *arguments):
     """Run a function in gloo processes that know each other, and give what it returned in each; None where it ended."""
     import torch  # not above, where the process that only hands out tests to others would import it first
+    import torch._dynamo  # as the first step of an optimizer does; else in each process, for 1.2 s
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.multiprocessing.start_processes(

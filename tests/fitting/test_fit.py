@@ -129,13 +129,6 @@ def similarities(model, folder):
     return cosines(model, folder)
 
 
-@pytest.fixture(autouse=True)
-def without_exports(request, monkeypatch):
-    """Leave out the exports, which take longer than a fit; `run`, of a wider scope, has them."""
-    if "exports" not in request.keywords:
-        monkeypatch.setattr("declip.fitting.run.export_complete", lambda *_: None)
-
-
 def pooled(model, folder, precision=torch.float32):
     """Features of all images and captions as a fit computes them."""
     images, captions = read_pairs(folder)

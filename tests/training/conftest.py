@@ -17,3 +17,11 @@ def conv_start(table, tmp_path_factory):
         once(tmp_path_factory, "conv", lambda folder: start_from(table, folder / "run", CONV))
         / "run"
     )
+
+
+@pytest.fixture(autouse=True)
+def without_exports(request, monkeypatch):
+    """Leave out the exports of a fine-tuned model, which take longer than a fit."""
+    if "exports" not in request.keywords:
+        for module in ("fitting.run", "finetuning.outputs"):
+            monkeypatch.setattr(f"declip.{module}.export_complete", lambda *_: None)

@@ -32,13 +32,18 @@ def recipe_for(table, name="declip", sections=None, **train_keys):
     return Recipe.model_validate({**tree, **(sections or {})})
 
 
+def quiet_train(recipe, out, **options):
+    """Train without a bar and a report."""
+    return train(recipe, out=out, progress=False, report=False, **options)
+
+
 def start_from(table, out, image=VIT, name="declip"):
     """A run of other sizes than `TINY`, that a run of ours can start from."""
     sections = {"image": {**image, **STATISTICS}, "text": {**SMALL, "activation": "gelu"}}
     tree = tiny_tree(
         table, name, name=name, embed_dim=24, train={**TINY["train"], "steps": 2}, **sections
     )
-    train(Recipe.model_validate(tree), out=out, progress=False, report=False)
+    quiet_train(Recipe.model_validate(tree), out)
     return out
 
 
@@ -104,10 +109,10 @@ def same_end(one, other):
 
 def resumes_exactly(recipe, folder, step, meanwhile=lambda: None):
     """Compare a run in `whole` with one in `parts` that was stopped and resumed; give the last checkpoint."""
-    train(recipe, out=folder / "whole", progress=False, report=False)
+    quiet_train(recipe, folder / "whole")
     stop_at(recipe, folder / "parts", step)
     meanwhile()
-    assert train(recipe, out=folder / "parts", resume=True, progress=False, report=False).finished
+    assert quiet_train(recipe, folder / "parts", resume=True).finished
     same_end(folder / "whole", folder / "parts")
     return load_checkpoint(folder / "whole" / "checkpoints" / "last")
 

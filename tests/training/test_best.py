@@ -4,7 +4,6 @@ import pytest
 
 import declip
 from conftest import in_processes, refuses
-from declip.api import train
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
 from declip.interchange.export import trace
 from declip.recipe.load import load_recipe
@@ -15,7 +14,7 @@ from declip.runs.folder import Run, append_row, drop_rows, read_rows
 from declip.training.assemble import assemble
 from declip.training.state import BestEvaluation
 from training import starts
-from training.starts import ended, moved, same_end, stop_at
+from training.starts import ended, moved, quiet_train, same_end, stop_at
 
 RIGHT = RecallAtK(9, 9, 1, 1, 1, 0.1, 0.5, 1, 1)
 
@@ -40,7 +39,7 @@ STALE = {"lr": 0.3, "warmup_lr": 1e-3, "warmup_steps": 12, "patience": 3}
 
 def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_path):
     recipe, whole = recipe_for(table, **STALE), tmp_path / "whole"
-    run = train(recipe, out=whole, progress=False, report=False)
+    run = quiet_train(recipe, whole)
     assert run.finished
     best = best_step(run.evaluations)
     rows = {row["step"]: row for row in run.evaluations if "best_step" not in row}
@@ -75,7 +74,7 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_pat
     parts = tmp_path / "parts"
     stop_at(recipe, parts, 11)  # in the middle of what is stale
     for folder in (parts, whole):  # of the whole one nothing is trained or measured again
-        assert train(recipe, out=folder, resume=True, progress=False, report=False).finished
+        assert quiet_train(recipe, folder, resume=True).finished
         assert read_rows(folder / "evaluations.jsonl") == run.evaluations
     same_end(whole, parts)
     assert (parts / "checkpoints/best").resolve().name == f"step-{best:08d}"
@@ -83,13 +82,8 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_pat
 
 def test_the_best_checkpoint_is_kept_and_nothing_changes_without_patience(table, tmp_path):
     keys = {"checkpoint_every": 1, "keep_checkpoints": 1, "steps": 10, "lr": 0.3, "warmup_lr": 0.3}
-    train(
-        recipe_for(table, patience=100, **keys),
-        out=tmp_path / "watched",
-        progress=False,
-        report=False,
-    )
-    train(recipe_for(table, **keys), out=tmp_path / "plain", progress=False, report=False)
+    quiet_train(recipe_for(table, patience=100, **keys), tmp_path / "watched")
+    quiet_train(recipe_for(table, **keys), tmp_path / "plain")
     best = (tmp_path / "watched/checkpoints/best").resolve()
     kept = [step_of(path) for path in list_checkpoints(tmp_path / "watched")]
     assert kept == sorted({step_of(best), 10})

@@ -18,7 +18,7 @@ from declip.runs.folder import EVALUATIONS, METRICS, read_rows
 from declip.supervision import objective
 from declip.supervision.term import Term
 from declip.training.sinks import Sink
-from training.starts import same_end
+from training.starts import quiet_train, same_end
 
 
 class Mine(Term):
@@ -66,7 +66,7 @@ def test_heads_have_the_precision_of_the_recipe_and_losses_are_float32(
     recipe = recipe_of(table)
     train = recipe.train.model_copy(update={"precision": precision, "steps": 1})
     recipe = recipe.model_copy(update={"train": train})
-    declip.train(recipe, out=tmp_path / "run", progress=False, report=False, terms={"mine": Typed})
+    quiet_train(recipe, tmp_path / "run", terms={"mine": Typed})
     assert Typed.dtypes == {("head", head), ("loss", torch.float32)}
 
 
@@ -91,13 +91,12 @@ def recipe_of(table):
 def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
     recipe, terms, sink = recipe_of(table), {"mine": Mine}, Mock(Sink)
     sink.log.side_effect = stop_after_five
-    whole = declip.train(recipe, out=tmp_path / "whole", progress=False, report=False, terms=terms)
+    whole = quiet_train(recipe, tmp_path / "whole", terms=terms)
     run = declip.train(recipe, out=tmp_path / "run", progress=False, terms=terms, callbacks=[sink])
     assert (run.finished, run.step, sink.close.call_count) == (False, 5, 1)
     # It is needed again
     refuses(r"loss_weights\.mine", declip.train, recipe, out=tmp_path / "run", resume=True)
-    more = {"resume": True, "progress": False, "report": False}
-    run = declip.train(recipe, out=tmp_path / "run", **more, terms=terms, callbacks=[sink])
+    run = quiet_train(recipe, tmp_path / "run", resume=True, terms=terms, callbacks=[sink])
     same_end(whole.folder, run.folder)
     training = load_checkpoint(list_checkpoints(run.folder)[-1]).training
     assert training["objective.terms.mine.steps"] == 8
@@ -131,14 +130,8 @@ def test_a_training_within_another_has_its_own_source_and_terms(table, rows, tmp
     items = [(str(table.parent / row["image"]), row["caption"]) for row in rows]
 
     def run(name, data, term, **options):
-        given = {
-            "data": data,
-            "val": [data],
-            "terms": {"mine": term},
-            "progress": False,
-            "report": False,
-        }
-        return declip.train(tmp_path / "mine.yaml", out=tmp_path / name, **given, **options)
+        given = {"data": data, "val": [data], "terms": {"mine": term}}
+        return quiet_train(tmp_path / "mine.yaml", tmp_path / name, **given, **options)
 
     alone = [run("first alone", items, Mine), run("second alone", items[::-1], Doubled)]
     inner, sink = [], Mock(Sink)
@@ -163,14 +156,7 @@ def test_a_training_within_another_has_its_own_source_and_terms(table, rows, tmp
     ],
 )
 def test_wrong_terms_and_callbacks_are_refused(terms, said, table, tmp_path):
-    refuses(said, declip.train, recipe_of(table), out=tmp_path / "run", progress=False, terms=terms)
+    refuses(said, quiet_train, recipe_of(table), tmp_path / "run", terms=terms)
     said = r"callbacks has .*print.*declip\.Sink"
-    refuses(
-        said,
-        declip.train,
-        recipe_of(table),
-        out=tmp_path / "run",
-        progress=False,
-        callbacks=[print],
-    )
+    refuses(said, quiet_train, recipe_of(table), tmp_path / "run", callbacks=[print])
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,6 @@ import torch
 
 import declip
 from conftest import TINY, WEIGHTS, in_processes, tiny_tree, write_rows
-from declip.api import train
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
@@ -21,7 +20,7 @@ from declip.training import distributed
 from declip.training.distributed import HostGroup
 from declip.training.sinks import Sink
 from declip.training.trainer import warn_once
-from training.starts import losses, moved, same_end, trained, trainer_of, tuned
+from training.starts import losses, moved, quiet_train, same_end, trained, trainer_of, tuned
 
 DROPOUT = {
     "image": {
@@ -41,7 +40,8 @@ def recipe(rows, tmp_path_factory):
 
 
 def of(keys, **train_keys):
-    return Recipe.model_validate({**keys, "train": {**TINY["train"], "log_every": 1, **train_keys}})
+    train = {**TINY["train"], "steps": 5, "log_every": 1, **train_keys}
+    return Recipe.model_validate({**keys, "train": train})
 
 
 def _meet_twice(rank, folder):
@@ -96,13 +96,11 @@ def end_of(folder):
 @pytest.fixture(scope="module")
 def one(recipe, tmp_path_factory):
     """The run of one process."""
-    return train(
-        of(recipe), out=tmp_path_factory.mktemp("one") / "run", progress=False, report=False
-    ).folder
+    return quiet_train(of(recipe), tmp_path_factory.mktemp("one") / "run").folder
 
 
 def test_two_processes_make_one_run(recipe, one, tmp_path):
-    assert in_processes(trained, 2, tmp_path / "a", of(recipe), tmp_path / "two") == [(8, True)] * 2
+    assert in_processes(trained, 2, tmp_path / "a", of(recipe), tmp_path / "two") == [(5, True)] * 2
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-3)
     assert (one / "skipped.json").read_text() == (tmp_path / "two/skipped.json").read_text()
     queues = [end_of(run)[QUEUE] for run in (one, tmp_path / "two")]
@@ -117,7 +115,7 @@ def test_two_processes_make_one_run(recipe, one, tmp_path):
 )
 def test_two_processes_tune_as_one(table, tmp_path, start, keys, parallel):
     recipe = tuned(table, start, {"strategy": parallel, "steps": 2, "log_every": 1}, **keys)
-    train(recipe, out=tmp_path / "one", progress=False, report=False)
+    quiet_train(recipe, tmp_path / "one")
     assert in_processes(trained, 2, tmp_path / "ranks", recipe, tmp_path / "two") == [(2, True)] * 2
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     given, first, second = (
@@ -147,15 +145,15 @@ def test_steps_in_which_a_process_has_no_pair_are_left_out_with_one_warning(
 
 
 def whole_and_in_parts(recipe, whole, parts):
-    return [trained(recipe, whole), stopped(recipe, parts, 1, 1), trained(recipe, parts, True)]
+    return [trained(recipe, whole), stopped(recipe, parts, 0, 1), trained(recipe, parts, True)]
 
 
 def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(recipe, tmp_path):
-    dropout = of({**recipe, **DROPOUT}, strategy="fsdp", checkpoint_every=100, steps=3)
+    dropout = of({**recipe, **DROPOUT}, strategy="fsdp", checkpoint_every=100, steps=2)
     ends = in_processes(
         whole_and_in_parts, 2, tmp_path / "a", dropout, tmp_path / "whole", tmp_path / "parts"
     )
-    assert ends == [[(3, True), (2, False), (3, True)]] * 2
+    assert ends == [[(2, True), (1, False), (2, True)]] * 2
     whole = end_of(tmp_path / "whole")
     assert not torch.equal(whole["random.0.cpu"], whole["random.1.cpu"])
     same_end(tmp_path / "whole", tmp_path / "parts")
@@ -164,9 +162,9 @@ def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(recipe, tmp_p
 def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(
     recipe, one, tmp_path
 ):
-    parts, other = tmp_path / "parts", of(recipe, strategy="fsdp", checkpoint_every=100)
+    parts, other = tmp_path / "parts", of(recipe, strategy="fsdp")
     assert not stopped(other, parts, 3, 0)[1]
-    assert in_processes(trained, 2, tmp_path / "b", other, parts, True) == [(8, True)] * 2
+    assert in_processes(trained, 2, tmp_path / "b", other, parts, True) == [(5, True)] * 2
     assert losses(parts) == pytest.approx(losses(one), rel=1e-3)
     resumed, expected = end_of(parts), end_of(one)
     torch.testing.assert_close(resumed[QUEUE], expected[QUEUE], rtol=0, atol=0.02)
@@ -294,7 +292,7 @@ def test_an_error_of_one_ranks_data_ends_all_with_its_message_once(recipe, tmp_p
 def test_a_queue_of_each_process_is_resumed(recipe, tmp_path):
     keys = {**recipe, "nearest_neighbor": {"queue_size": 16, "queue_per_process": True}}
     folders = tmp_path / "one", tmp_path / "two"
-    in_processes(whole_and_in_parts, 2, tmp_path / "ranks", of(keys, steps=3), *folders)
+    in_processes(whole_and_in_parts, 2, tmp_path / "ranks", of(keys, steps=2), *folders)
     one, two = map(end_of, folders)
     other = QUEUE.replace("objective", "process.1")
     assert not torch.equal(one[QUEUE], one[other])

@@ -11,6 +11,7 @@ import declip
 from conftest import TINY, texture, tiny_tree, write_table
 from declip.interchange.declip_file import write_declip_file
 from declip.recipe.schema import Recipe
+from training.starts import quiet_train
 
 PLAIN = {"data.workers": 0, "train.report_to": [], "train.steps": 1, "train.batch_size": 8}
 WARNING = "was trained on pairs of"
@@ -31,7 +32,7 @@ def pairs(tmp_path_factory):
 def start(pairs, tmp_path_factory):
     tree = tiny_tree(pairs, train={**TINY["train"], "steps": 1})
     out = tmp_path_factory.mktemp("weights") / "start"
-    return declip.train(Recipe.model_validate(tree), out=out, progress=False, report=False).folder
+    return quiet_train(Recipe.model_validate(tree), out).folder
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +65,13 @@ def test_a_recipe_in_the_working_folder_is_not_that_of_the_model(
     assert "cannot be compared" not in caplog.text
 
 
+@pytest.mark.exports
 def test_a_tuned_run_warns_on_its_own_table_also_when_it_was_moved(pairs, start, tmp_path, caplog):
     run = declip.finetune(pairs, start, PLAIN, tmp_path / "run", progress=False)
     assert (run.folder / "train.pairs").is_file()
-    places = [
-        run.folder,
-        next((run.folder / "exported").iterdir()),
-        next((run.folder / "checkpoints").iterdir()),
-    ]
     moved = tmp_path / "moved"
-    for where in (*places, moved):
+    inner = [next((run.folder / name).iterdir()) for name in ("exported", "checkpoints")]
+    for where in (run.folder, *inner, moved):
         if where == moved:
             run.folder.rename(moved)
         caplog.clear()

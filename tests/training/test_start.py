@@ -28,7 +28,7 @@ from declip.runs.folder import read_rows
 from declip.training.assemble import assemble
 from declip.training.pretrained import load_pretrained
 from interchange.towers import build, unprojected
-from training.starts import STATISTICS, VIT, last, moved, state, trainer_of, tuned
+from training.starts import STATISTICS, VIT, last, moved, quiet_train, state, trainer_of, tuned
 
 
 def test_a_run_gives_towers_heads_tokenizer_statistics_and_scale(table, tmp_path, start):
@@ -61,7 +61,7 @@ def test_a_key_that_the_weights_overrule_is_refused(keys, said, start, table, tm
         asked = load_recipe(recipe, {"finetune.pretrained": str(start), **keys})
         refuses(said, resolve, asked, Facts(read_start(str(start))))
     given = {"finetune.pretrained": str(start), "data.source": str(table), **keys}
-    refuses(said, train, "finetune", given, out=tmp_path / "run", progress=False, report=False)
+    refuses(said, train, "finetune", given, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -214,9 +214,7 @@ def test_the_start_is_measured_once(table, tmp_path, start):
 
 def test_mixtures_are_the_line_between_start_and_end(table, tmp_path, conv_start):
     """Of running statistics too."""
-    train(
-        tuned(table, conv_start, {"steps": 1}), out=tmp_path / "run", progress=False, report=False
-    )
+    quiet_train(tuned(table, conv_start, {"steps": 1}), tmp_path / "run")
     first, final = ends_of(tmp_path / "run", "cpu")
     given, learned = first.state_dict(), final.state_dict()
     assert not moved(given, last(conv_start))
@@ -236,7 +234,7 @@ def test_the_card_says_what_was_fine_tuned_and_from_what(table, tmp_path, start)
     recipe = recipe.model_copy(
         update={"evaluation": recipe.evaluation.model_copy(update=evaluation)}
     )
-    train(recipe, out=tmp_path / "run", progress=False, report=False)
+    quiet_train(recipe, tmp_path / "run")
 
     def card(**keys):
         declip.export(tmp_path / "run", "safetensors", tmp_path / "out", overwrite=True, **keys)
@@ -278,12 +276,7 @@ def test_names_of_published_weights_and_names_without_folders():
 )
 def test_what_cannot_be_is_said_before_a_folder_is_made(table, tmp_path, start, keys, said):
     with pytest.raises(ValueError, match=said):
-        train(
-            tuned(table, **{"weights": start, **keys}),
-            out=tmp_path / "run",
-            progress=False,
-            report=False,
-        )
+        quiet_train(tuned(table, **{"weights": start, **keys}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match=r"finetune\.lr_scale .* finetune\.pretrained"):
         Recipe.model_validate({**TINY, "finetune": {"lr_scale": 0.1}})
@@ -303,14 +296,7 @@ def test_wrong_files_are_no_start(table, tmp_path):
         (f"timm:test_vit/{vit}", {"freeze_text_blocks": 1}, "hold 0 blocks of the text_tower"),
         (tmp_path / "relpos.safetensors", {"image_size": 64}, r"rel_pos.*Leave image\.size out"),
     ):
-        refuses(
-            message,
-            train,
-            tuned(table, where, **keys),
-            out=tmp_path / "run",
-            progress=False,
-            report=False,
-        )
+        refuses(message, quiet_train, tuned(table, where, **keys), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
 

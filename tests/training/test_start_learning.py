@@ -9,7 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import declip
 from conftest import TINY, WEIGHTS, refuses
-from declip.api import train
 from declip.finetuning.wise_ft import ends_of
 from declip.interchange.declip_file import FILE, RECIPE, VERSION, write_declip_file
 from declip.models.hf_encoder import ENTRY
@@ -22,7 +21,7 @@ from declip.training.parallel import SharedBatchNorm, synchronize
 from interchange.test_export import features
 from interchange.towers import build
 from text_encoders import bert, roberta
-from training.starts import VIT, last, moved, recipe_for, state, trainer_of, tuned
+from training.starts import VIT, last, moved, quiet_train, recipe_for, state, trainer_of, tuned
 
 
 def test_towers_rest_while_new_heads_warm_up(table, tmp_path, conv_start):
@@ -216,12 +215,12 @@ def encoder_recipe(table, folder, weights="declip", **train_keys):
 def test_it_learns_and_loads_without_its_folder(table, tmp_path):
     folder = roberta(tmp_path / "roberta")
     recipe = encoder_recipe(table, folder, steps=2)
-    train(recipe, out=tmp_path / "whole", progress=False, report=False)
+    quiet_train(recipe, tmp_path / "whole")
     shutil.rmtree(folder)
     whole = read_run(tmp_path / "whole")
     assert set(whole.metrics[0]["losses"]) == set(WEIGHTS["declip"])
     assert whole.results[0]["task"] == "retrieval"
-    refuses("not a folder", train, recipe, out=tmp_path / "new", progress=False, report=False)
+    refuses("not a folder", quiet_train, recipe, tmp_path / "new")
 
     second = trainer_of(tuned(table, tmp_path / "whole", {"steps": 1}), tmp_path / "second")
     assert not moved(last(tmp_path / "whole"), state(second)), "it is a start too"

@@ -10,12 +10,11 @@ from unittest.mock import Mock
 import pytest
 
 from conftest import refuses
-from declip.api import train
 from declip.recipe import schema
 from declip.runs.folder import METRICS, TRACKING, read_rows
 from declip.training.sinks import RunInfo, open_monitor
 from declip.training.trackers import AUTO, TRACKERS, trackers_of
-from training.starts import recipe_for
+from training.starts import quiet_train, recipe_for
 
 
 def written(folder, report_to, starts=(0, 2)):
@@ -113,7 +112,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(table, tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(log))
     monkeypatch.setattr(TRACKERS["tensorboard"], "flush", flush)
     recipe = recipe_for(table, "clip", report_to=["wandb", "tensorboard"])
-    run = train(recipe, out=tmp_path / "run", progress=False, report=False)
+    run = quiet_train(recipe, tmp_path / "run")
     assert (run.finished, log.call_count, "no route" in caplog.text) == (True, 1, True)
     assert flush.called
     assert [row["step"] for row in read_rows(run.folder / METRICS)] == [2, 4, 6, 8]
@@ -137,9 +136,7 @@ def test_a_tracker_that_is_missing_or_cannot_start_is_refused(
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb())
     monkeypatch.delattr(sys.modules["wandb"], "init")
     recipe = recipe_for(table, "clip", report_to="wandb")
-    refuses(
-        "report_to=wandb cannot start.*init", train, recipe, out=tmp_path / "run", progress=False
-    )
+    refuses("report_to=wandb cannot start.*init", quiet_train, recipe, tmp_path / "run")
     with pytest.raises(ValueError, match=r"(?s)report_to.*'wandb'"):
         recipe_for(table, "clip", report_to=["wand"])
 

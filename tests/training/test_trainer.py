@@ -30,13 +30,13 @@ from declip.training.assemble import assemble
 from declip.training.estimate import estimate
 from declip.training.signals import TRY_AGAIN
 from declip.training.sinks import Sink
-from training.starts import recipe_for, same_end, stop_at, trainer_of
+from training.starts import quiet_train, recipe_for, same_end, stop_at, trainer_of
 
 
 @pytest.mark.parametrize("name", ["slip", "defilip"])  # together they have the losses of all
 def test_training_lowers_the_weighted_sum_of_its_losses(table, tmp_path, name):
     recipe = recipe_for(table, name, steps=24, lr=3e-3, log_every=1, checkpoint_every=60)
-    run = train(recipe, out=tmp_path, progress=False, report=False)
+    run = quiet_train(recipe, tmp_path)
     totals = [row["loss"] for row in run.metrics]
     assert sum(totals[-8:]) < sum(totals[:8]) - 0.8
     for row in run.metrics:
@@ -54,8 +54,8 @@ def names_in(folder):
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bits(table, tmp_path):
     """SIGKILL before the first step, between checkpoints, and while one is written and renamed."""
-    recipe = recipe_for(table, "declip", steps=20, checkpoint_every=6, log_every=3)
-    train(recipe, out=tmp_path / "whole", progress=False, report=False)
+    recipe = recipe_for(table, "declip", steps=12, checkpoint_every=4, log_every=2)
+    quiet_train(recipe, tmp_path / "whole")
     run = tmp_path / "killed"
     checkpoints = partial(names_in, run / "checkpoints")
     options = {"out": run, "resume": True, "progress": False, "report": False}
@@ -77,62 +77,59 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(table, tmp_path):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run was too quick to be killed"
-    train(recipe, out=run, resume=True, progress=False, report=False)
+    quiet_train(recipe, run, resume=True)
     same_end(tmp_path / "whole", run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_run_continues(table, tmp_path, monkeypatch, number):
-    """SIGUSR1 may come twice; a second Ctrl-C would end at once."""
+@pytest.fixture(scope="module")
+def whole(table, tmp_path_factory):
+    """A recipe of CLIP's loss, and a run of it that nothing interrupts."""
     recipe = recipe_for(table, "clip", checkpoint_every=100)
-    step = trainer_module.training_step
+    return recipe, quiet_train(recipe, tmp_path_factory.mktemp("whole") / "run").folder
+
+
+@pytest.mark.parametrize(
+    ("signals", "status"), [([signal.SIGINT], 130), ([signal.SIGUSR1] * 2, TRY_AGAIN)]
+)
+def test_a_signal_saves_and_the_run_continues(whole, tmp_path, monkeypatch, signals, status):
+    """SIGUSR1 may come twice; a second Ctrl-C would end at once."""
+    recipe, expected = whole
+    step, left = trainer_module.training_step, list(signals)
 
     def interrupted(*arguments):
-        if not (tmp_path / "once").exists():
-            (tmp_path / "once").touch()
-            for _ in range(1 if number == signal.SIGINT else 2):
-                os.kill(os.getpid(), number)
+        while left:
+            os.kill(os.getpid(), left.pop())
         return step(*arguments)
 
     monkeypatch.setattr(trainer_module, "training_step", interrupted)
-    run = train(recipe, out=tmp_path / "run", progress=False, report=False)
-    assert (run.finished, run.step, run.status) == (
-        False,
-        1,
-        130 if number == signal.SIGINT else TRY_AGAIN,
-    )
+    run = quiet_train(recipe, tmp_path / "run")
+    assert (run.finished, run.step, run.status) == (False, 1, status)
     assert len(list_checkpoints(run.folder)) == 1
-    assert train(recipe, out=tmp_path / "run", resume=True, progress=False, report=False).step == 8
-    train(recipe, out=tmp_path / "whole", progress=False, report=False)
-    same_end(tmp_path / "whole", tmp_path / "run")
+    assert quiet_train(recipe, tmp_path / "run", resume=True).step == 8
+    same_end(expected, tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_with_all_that_helps(table, tmp_path, monkeypatch):
     trainer = trainer_of(recipe_for(table, checkpoint_every=2, log_every=1), tmp_path)
     term = trainer.state.objective.terms["contrastive"]
     loss = term.loss
-    monkeypatch.setattr(
-        term,
-        "loss",
-        lambda *rows: loss(*rows) * (float("nan") if trainer.progress.step == 5 else 1.0),
-    )
+    factor = lambda: float("nan") if trainer.progress.step == 5 else 1.0  # noqa: E731
+    monkeypatch.setattr(term, "loss", lambda *rows: loss(*rows) * factor())
     message = refuses(("not finite at step 6", "contrastive nan", "step-00000004"), trainer.train)
-    named = {int(word.strip(",")) for word in message.split("pairs ")[1].split(" … of ")[0].split()}
-    assert named == {int(i) for i in trainer.loader.indices(5)}
+    numbers = message.split("pairs ")[1].split(" … of ")[0]
+    assert set(map(int, numbers.split(", "))) == set(map(int, trainer.loader.indices(5)))
     weights = load_checkpoint(list_checkpoints(tmp_path)[-1]).weights
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
 def test_a_run_of_another_recipe_is_not_resumed(table, tmp_path):
     run = tmp_path / "run"
-    train(recipe_for(table), out=run, progress=False, report=False)
+    quiet_train(recipe_for(table), run)
     with pytest.raises(UserError, match=r"lr was 0\.001.*steps was 8.*finetune\.pretrained"):
-        train(
-            recipe_for(table, lr=2e-3, steps=9), out=run, resume=True, progress=False, report=False
-        )
+        quiet_train(recipe_for(table, lr=2e-3, steps=9), run, resume=True)
     rows = (run / "metrics.jsonl").read_text()
     other = recipe_for(table, checkpoint_every=3, keep_checkpoints=9)
-    assert train(other, out=run, resume=True, progress=False, report=False).finished
+    assert quiet_train(other, run, resume=True).finished
     assert (run / "metrics.jsonl").read_text() == rows
 
 
@@ -143,16 +140,11 @@ def test_a_run_is_not_resumed_with_other_pairs_but_with_repaired_ones(rows, tmp_
         write_rows(tmp_path / each, [{**rows[0], "caption": ""}, *rows[1:]])
     sections = {"evaluation": {"retrieval": [str(tmp_path / "val.jsonl")]}}
     recipe = recipe_for(tmp_path / "pairs.jsonl", "clip", sections, steps=2)
-    run = train(recipe, out=tmp_path / "run", progress=False, report=False).folder
-    shuffled = [
-        {**row, "caption": caption}
-        for row, caption in zip(rows, captions[1:] + captions[:1], strict=True)
-    ]
-    for others, change in (
-        (shuffled, "sampled keys or captions"),
-        (rows[::-1], "sampled"),
-        (rows[:-1], "24 .*23"),
-    ):
+    run = quiet_train(recipe, tmp_path / "run").folder
+    turned = captions[1:] + captions[:1]
+    shuffled = [{**row, "caption": each} for row, each in zip(rows, turned, strict=True)]
+    changes = {"sampled keys or captions": shuffled, "sampled": rows[::-1], "24 .*23": rows[:-1]}
+    for change, others in changes.items():
         write_rows(tmp_path / name, others)
         refuses(f"{change}.*--out", assemble, recipe, run, resume=True)
     write_rows(tmp_path / name, rows)
@@ -174,30 +166,24 @@ class Breaking(Subset):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("what", ["training pairs", "held-out set"])
-def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, rows, tmp_path, what):
+def test_an_error_of_the_data_in_mid_run_saves_the_steps_before(table, rows, tmp_path):
     val = write_rows(tmp_path / "val.jsonl", rows)
     sections = {"evaluation": {"retrieval": [str(val)]}}
-    recipe = recipe_for(
-        table, "clip", sections, log_every=1, checkpoint_every=100, evaluate_every=5
-    )
-    train(recipe, out=tmp_path / "whole", progress=False, report=False)
-    source, held_out, sink = Breaking(table), Breaking(val), Mock(Sink)
-    breaks = source if what == "training pairs" else held_out
-    sink.log.side_effect = lambda step, values: setattr(breaks, "broken", step == 5)
+    keys = {"log_every": 1, "checkpoint_every": 100, "evaluate_every": 5}
+    recipe = recipe_for(table, "clip", sections, **keys)
+    quiet_train(recipe, tmp_path / "whole")
     (tmp_path / "mine.yaml").write_text(recipe.to_yaml())
-    given = {
-        "recipe": tmp_path / "mine.yaml",
-        "data": source,
-        "val": [held_out],
-        "out": tmp_path / "run",
-        "progress": False,
-    }
-    refuses("the table changed", train, **given, report=False, callbacks=[sink])
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005"]
-    breaks.broken = False
-    assert train(**given, resume=True, report=False).finished
-    same_end(tmp_path / "whole", tmp_path / "run")
+    source, held_out = Breaking(table), Breaking(val)
+    for name, breaks in {"training pairs": source, "held-out set": held_out}.items():
+        sink = Mock(Sink)
+        sink.log.side_effect = lambda step, _, breaks=breaks: setattr(breaks, "broken", step == 5)
+        out, sources = tmp_path / name, {"data": source, "val": [held_out]}
+        given = {"recipe": tmp_path / "mine.yaml", "out": out, **sources}
+        refuses("the table changed", quiet_train, **given, callbacks=[sink])
+        assert [path.name for path in list_checkpoints(out)] == ["step-00000005"], name
+        breaks.broken = False
+        assert quiet_train(**given, resume=True).finished
+        same_end(tmp_path / "whole", out)
 
 
 def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table, tmp_path):
@@ -205,7 +191,7 @@ def test_damaged_lines_are_dropped_with_a_warning_and_block_no_resume(table, tmp
     bad = [b'{"step": 2, "pa', b"\0" * 40, b"\xff\xfe{}", b"17", b"[" * 100_000, b'{"step": 1, "lo']
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         (tmp_path / name).write_bytes(b"\n".join([b'{"step": 1}', *bad]))
-    train(recipe_for(table, "clip"), out=tmp_path, resume=True, progress=False, report=False)
+    quiet_train(recipe_for(table, "clip"), tmp_path, resume=True)
     for name, steps in (("metrics.jsonl", [1, 2, 4, 6, 8]), ("evaluations.jsonl", [1])):
         assert [row["step"] for row in read_rows(tmp_path / name)] == steps
         assert f"6 damaged lines of {tmp_path / name}" in (tmp_path / "log.txt").read_text()
@@ -219,10 +205,8 @@ def test_a_few_pairs_of_which_many_are_broken_are_refused_before_training(table,
     refuses(told, assemble, recipe, tmp_path / "run")
     refuses(told, estimate, recipe)
     assert not (tmp_path / "run").exists()
-    assemble(
-        recipe_for(table, "clip", {"data": {**data, "max_broken_fraction": 0.3}}),
-        tmp_path / "run",
-    )
+    data["max_broken_fraction"] = 0.3
+    assemble(recipe_for(table, "clip", {"data": data}), tmp_path / "run")
 
 
 def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(table, tmp_path):
@@ -235,13 +219,7 @@ def test_a_folder_in_use_is_refused_and_free_as_soon_as_its_process_is_killed(ta
     process.start()
     while process.is_alive() and not list_checkpoints(tmp_path):
         time.sleep(0.01)
-    refuses(
-        rf"in use: process {process.pid} on .*--out",
-        assemble,
-        recipe,
-        tmp_path,
-        resume=True,
-    )
+    refuses(rf"in use: process {process.pid} on .*--out", assemble, recipe, tmp_path, resume=True)
     assert process.is_alive()
     process.kill()
     process.join()
@@ -255,7 +233,7 @@ def test_wrong_runs_are_refused_before_anything_is_made(table, tmp_path):
         (recipe_for(table, device="cuda:7"), r"train\.device"),
         (recipe_for(table, sections=small), r"'convnext_atto'.*16 × 16.*image\.size"),
     ):
-        refuses(message, train, recipe, out=tmp_path / "run", progress=False, report=False)
+        refuses(message, quiet_train, recipe, tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
 
@@ -264,7 +242,7 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
 ):
     tree = recipe_for(table, "clip", log_every=1).model_dump()
     tree["image"]["model_kwargs"]["pos_drop_rate"] = 0.5
-    plain = train(Recipe.model_validate(tree), out=tmp_path / "plain", progress=False, report=False)
+    plain = quiet_train(Recipe.model_validate(tree), tmp_path / "plain")
     tree["evaluation"]["retrieval"] = [str(table)]
     tree["train"]["evaluate_every"] = 2
     recipe = Recipe.model_validate(tree)
@@ -274,9 +252,9 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
             evaluations, "evaluate_all", Mock(wraps=evaluations.evaluate_all, side_effect=results)
         )
         with pytest.raises(RuntimeError, match="crash"):
-            train(recipe, out=tmp_path / "run", progress=False, report=False)
+            quiet_train(recipe, tmp_path / "run")
     for _ in range(2):
-        run = train(recipe, out=tmp_path / "run", resume=True, progress=False, report=False)
+        run = quiet_train(recipe, tmp_path / "run", resume=True)
         assert [row["step"] for row in run.evaluations] == [2, 4, 6, 8]
     assert [row["loss"] for row in run.metrics] == [row["loss"] for row in plain.metrics]
 
@@ -284,17 +262,9 @@ def test_evaluations_change_nothing_and_one_that_a_crash_cut_short_is_done_again
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_views_are_finished_in_full_precision(table, tmp_path, monkeypatch, chunk):
     seen, apply = [], views.apply
-    monkeypatch.setattr(
-        views,
-        "apply",
-        lambda *given: seen.append(torch.is_autocast_enabled("cpu")) or apply(*given),
-    )
-    train(
-        recipe_for(table, steps=1, precision="bf16", grad_cache_chunk=chunk),
-        out=tmp_path,
-        progress=False,
-        report=False,
-    )
+    autocast = lambda: torch.is_autocast_enabled("cpu")  # noqa: E731
+    monkeypatch.setattr(views, "apply", lambda *given: seen.append(autocast()) or apply(*given))
+    quiet_train(recipe_for(table, steps=1, precision="bf16", grad_cache_chunk=chunk), tmp_path)
     assert set(seen) == {False}
 
 
@@ -324,11 +294,8 @@ def test_a_device_is_asked_for_its_precision(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: {"avx512_bf16": can})
         supported = lambda including_emulation, c=can: c or including_emulation  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert [computes_bf16(torch.device(name)) for name in ("cpu", "cuda", "meta")] == [
-            can,
-            can,
-            False,
-        ]
+        found = [computes_bf16(torch.device(name)) for name in ("cpu", "cuda", "meta")]
+        assert found == [can, can, False]
 
 
 def _told_without_memory(recipe, folder, queue):
@@ -356,6 +323,5 @@ def test_a_model_without_memory_for_it_is_one_error(table, tmp_path):
 
 @pytest.mark.parametrize("key", ["text.context_length", "text.width", "text.layers", "embed_dim"])
 def test_sizes_beyond_all_models_are_refused(key):
-    refuses(
-        rf"{key}=100000000.*less than or equal to", load_recipe, "demo-clip", {key: 100_000_000}
-    )
+    large = {key: 100_000_000}
+    refuses(rf"{key}=100000000.*less than or equal to", load_recipe, "demo-clip", large)
