@@ -22,7 +22,7 @@ from declip.closed_form.pairs import FitData, Pairs
 from declip.closed_form.ranks import HeldOutBlock, HeldOutRanks, caption_numbers, ranks_by
 from declip.closed_form.solve import DEFAULT_FORM, START
 from declip.reports.charts import growth_chart
-from pair_features import class_pairs, pairs_of
+from pair_features import chosen, class_pairs, data_of, pairs_of, randn
 
 
 def held_out(found, pairs):
@@ -33,32 +33,29 @@ def held_out(found, pairs):
 
 def test_classes_alone_make_heads_that_find_images():
     nothing = Pairs(torch.empty(0, 12), torch.empty(0, 7), torch.empty(0, dtype=torch.int64))
-    choice = choose_heads(FitData.of(nothing, np.empty(0, np.int64), class_pairs()))
+    choice = chosen(nothing, classes=class_pairs())
     assert choice.class_weight == 1
     # Chance: 1 of 40
     assert float((held_out(choice.heads, pairs_of(40)).to_text < 1).double().mean()) > 0.5
 
 
 def test_embeddings_stay_as_they_are_unless_their_pairs_say_otherwise():
-    generator = torch.Generator().manual_seed(0)
-    texts = torch.randn(200, 12, generator=generator, dtype=torch.float64)
-    turned = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
-    noise = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    texts, noise = randn(2, 200, 12)
+    turned = torch.linalg.qr(randn(12, 12, seed=1)).Q
     for images, form in ((texts + noise, "start"), (texts @ turned + 0.3 * noise, "pulled")):
         pairs = Pairs(images, texts, torch.arange(200))
-        choice = choose_heads(FitData.of(pairs, np.arange(200), one_space=True))
+        choice = chosen(pairs, one_space=True)
         assert choice.form.method == form
     few = Pairs(texts[:10], texts[10:20], torch.arange(10))
-    assert choose_heads(FitData.of(few, np.arange(10), one_space=True)).form.method == "start"
+    assert chosen(few, one_space=True).form.method == "start"
 
 
 def test_a_start_is_changed_with_more_caution_than_the_usual_heads(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    texts = torch.randn(60, 8, generator=generator, dtype=torch.float64)
-    turned = torch.eye(8) + 0.35 * torch.randn(8, 8, generator=generator, dtype=torch.float64)
-    images = texts @ turned + 0.7 * torch.randn(60, 8, generator=generator, dtype=torch.float64)
+    numbers = randn(128 * 8).view(128, 8)
+    texts, turn, noise = numbers.split([60, 8, 60])
+    images = texts @ (torch.eye(8) + 0.35 * turn) + 0.7 * noise
     pairs = Pairs(images, texts, torch.arange(60))  # a gain of 1.5 standard errors
-    data = FitData.of(pairs, np.arange(60), one_space=True)
+    data = data_of(pairs, one_space=True)
     assert choose_heads(data).form == START
     monkeypatch.setattr(choosing, "START_CAUTION", choosing.CAUTION)
     assert choose_heads(data).form != START
@@ -89,7 +86,7 @@ def test_a_gain_within_the_noise_is_not_taken():
 
 def test_percentiles_do_not_depend_on_the_number_of_candidates():
     pairs = pairs_of(800, noise=1.5)
-    found = choose_heads(FitData.of(pairs, np.arange(800))).heads
+    found = chosen(pairs).heads
     few, many = (ranks_by(found, pairs, torch.arange(800) % count) for count in (100, 1))
     assert few.recall(10, np.arange(800)).value > 5 * many.recall(10, np.arange(800)).value / 2
     percentiles = [float(each.percentiles().mean()) for each in (few, many)]
@@ -109,14 +106,9 @@ def test_percentiles_of_the_best_of_equal_and_of_the_worst_candidates(image, exp
 
 def test_groups_of_several_images_count_by_their_images():
     pairs = pairs_of(90, noise=2.0)
-    outcome, groups = (
-        choose_heads(FitData.of(pairs, np.arange(90))).outcome,
-        np.minimum(np.arange(90), 30),
-    )
-    plain = (
-        float((outcome.to_text < 1).double().mean()) + float((outcome.to_image < 1).double().mean())
-    ) / 2
-    assert outcome.recall(1, groups).value == pytest.approx(plain)
+    outcome, groups = chosen(pairs).outcome, np.minimum(np.arange(90), 30)
+    first = [float((places < 1).double().mean()) for places in (outcome.to_text, outcome.to_image)]
+    assert outcome.recall(1, groups).value == pytest.approx(sum(first) / 2)
     assert outcome.percentile(groups).value == pytest.approx(float(outcome.percentiles().mean()))
 
 
@@ -135,11 +127,9 @@ def test_captions_of_one_image_weigh_as_one_in_cross_validation():
 
 
 def test_meaningless_captions_leave_the_start_as_it_is():
-    pairs, generator = pairs_of(100), torch.Generator().manual_seed(3)
-    meaningless = pairs._replace(
-        texts=torch.randn(pairs.texts.shape, generator=generator, dtype=torch.float64)
-    )
-    choice = choose_heads(FitData.of(meaningless, np.arange(100), class_pairs()))
+    pairs = pairs_of(100)
+    meaningless = pairs._replace(texts=randn(*pairs.texts.shape, seed=3))
+    choice = chosen(meaningless, classes=class_pairs())
     assert choice.form == START
     low, high = choice.outcome.percentile(np.arange(100))[1:]
     assert low < 0.5 < high
@@ -150,25 +140,21 @@ def test_the_start_knows_no_pair():
     nothing = Pairs(*(part[:0] for part in pairs))
     alone = fit_heads(nothing, classes, 1.0, DEFAULT_FORM)
     expected = ranks_by(alone, pairs, torch.from_numpy(assign_folds(groups, 5))).percentiles()
-    torch.testing.assert_close(
-        choose_heads(FitData.of(pairs, groups, classes)).start.percentiles(), expected
-    )
+    torch.testing.assert_close(chosen(pairs, groups, classes).start.percentiles(), expected)
 
 
 def test_few_pairs_take_the_usual_heads():
     for count, usual in ((40, True), (400, False)):
-        choice = choose_heads(FitData.of(pairs_of(count, noise=0.1), np.arange(count)))
+        choice = chosen(pairs_of(count, noise=0.1))
         assert (choice.form == DEFAULT_FORM) == usual
     known = class_pairs(60)
     # Worse than any pairs, so the start does not stay
     wrong = known._replace(texts=known.texts.flip(0))
-    assert choose_heads(FitData.of(pairs_of(40, noise=0.1), np.arange(40), wrong)).class_weight == 1
+    assert chosen(pairs_of(40, noise=0.1), classes=wrong).class_weight == 1
 
 
 def test_more_noise_needs_more_ridge_and_a_smaller_scale():
-    clear, noisy = (
-        choose_heads(FitData.of(pairs_of(300, noise=noise), np.arange(300))) for noise in (0.3, 3.0)
-    )
+    clear, noisy = (chosen(pairs_of(300, noise=noise)) for noise in (0.3, 3.0))
     assert clear.form.ridge < noisy.form.ridge
     assert clear.logit_scale > noisy.logit_scale
 
@@ -184,7 +170,7 @@ def test_classes_help_in_cross_validation_as_in_the_fit():
 
 def test_cross_validated_recall_is_near_that_of_new_images():
     pairs, new = pairs_of(400, noise=1.0), pairs_of(80, noise=1.0, seed=5)
-    choice = choose_heads(FitData.of(pairs, np.arange(400)))
+    choice = chosen(pairs)
     truth = held_out(choice.heads, new).recall(10, np.arange(80)).value
     estimate = choice.outcome.recall(10, np.arange(400))
     assert estimate.value == pytest.approx(truth, abs=0.1)  # folds of 80 images, too
@@ -195,15 +181,16 @@ def test_many_images_compete_in_blocks_and_all_have_a_rank(monkeypatch):
     pairs = pairs_of(200, noise=0.5)
     monkeypatch.setattr(known_data, "MOST", 100)
     monkeypatch.setattr(ranks, "BLOCK", 20)
-    outcome = choose_heads(FitData.of(pairs, np.arange(200))).outcome
-    assert (set(outcome.images.tolist()), bool(outcome.fit.isfinite().all())) == ({20}, True)
+    outcome = chosen(pairs).outcome
+    assert set(outcome.images.tolist()) == {20}
+    assert outcome.fit.isfinite().all()
 
 
 def test_captions_that_do_not_fit_have_bad_ranks_out_of_fold():
     pairs = pairs_of(200)
     wrong = torch.arange(0, 40, 2)
     pairs.texts[wrong] = pairs.texts[wrong.roll(1)]
-    outcome = choose_heads(FitData.of(pairs, np.arange(200))).outcome
+    outcome = chosen(pairs).outcome
     assert int(torch.isin(outcome.fit.argsort(descending=True)[:30], wrong).sum()) >= 16
 
 
@@ -215,7 +202,7 @@ def test_folds_keep_groups_together_and_are_of_one_size():
 
 
 def test_fewer_groups_than_can_be_validated_take_the_defaults():
-    choice = choose_heads(FitData.of(pairs_of(30), np.arange(30) // 2))
+    choice = chosen(pairs_of(30), np.arange(30) // 2)
     assert (choice.form, choice.class_weight, choice.outcome) == (("ridge", 1.0), 0.0, None)
 
 
@@ -231,7 +218,7 @@ def test_the_interval_contains_the_result_on_new_pairs():
     # Of 60 intervals of 95 % about 57; without the factor for folds that are not independent 52
     new, groups, right = pairs_of(600, noise=4.0, seed=999), np.arange(40), 0
     for seed in range(60):
-        choice = choose_heads(FitData.of(pairs_of(40, noise=4.0, seed=seed), groups))
+        choice = chosen(pairs_of(40, noise=4.0, seed=seed))
         estimate = choice.outcome.percentile(groups)
         truth = float(held_out(choice.heads, new).percentiles().mean())
         right += estimate.low <= truth <= estimate.high
@@ -240,7 +227,7 @@ def test_the_interval_contains_the_result_on_new_pairs():
 
 def test_a_few_large_groups_widen_the_interval():
     pairs = pairs_of(200, noise=1.0)
-    outcome = choose_heads(FitData.of(pairs, np.arange(200))).outcome
+    outcome = chosen(pairs).outcome
     # 100 groups of 2; 100 of 1 and one of 100
     even = np.arange(200) // 2
     uneven = np.minimum(np.arange(200), 100)
@@ -250,7 +237,7 @@ def test_a_few_large_groups_widen_the_interval():
 
 
 def curve_of(pairs, groups):
-    choice = choose_heads(FitData.of(pairs, groups))
+    choice = chosen(pairs, groups)
     return choice, growth(choice)
 
 
@@ -265,11 +252,12 @@ def test_the_curve_rises_where_more_pairs_help():
 
 
 def test_fewer_pairs_may_take_more_ridge(monkeypatch):
-    choice = choose_heads(FitData.of(pairs_of(320, v=60, w=50, noise=1.0), np.arange(320)))
+    choice = chosen(pairs_of(320, v=60, w=50, noise=1.0))
     several = growth(choice).measured
     monkeypatch.setattr("declip.closed_form.growth.MORE_RIDGE", (1.0,))
     alone = growth(choice).measured
-    assert (several[0].value > alone[0].value, several[-1]) == (True, alone[-1])
+    assert several[0].value > alone[0].value
+    assert several[-1] == alone[-1]
 
 
 def test_parts_keep_groups_together():
@@ -285,7 +273,7 @@ def test_ranks_equal_a_plain_loop():
     texts = torch.tensor([0, 1, 2, 2, 3, 4, 5])
     owners = torch.tensor([0, 0, 1, 2, 3, 4, 4])
     numbers = caption_numbers(Pairs(torch.empty(5, 1), texts[:, None].double(), owners))
-    scores = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    scores = randn(5, 6)
     found = ranks.score(scores, HeldOutBlock.of(torch.arange(5), owners, numbers))
     for image in range(5):
         best = max(scores[image, texts[owners == image]])
@@ -313,20 +301,14 @@ def recall(heads, pairs):
 @pytest.mark.parametrize("posteriors", [False, True])
 def test_a_mixture_with_the_start_is_better_on_pairs_of_the_start(posteriors):
     classes, kept = class_pairs(300)._replace(posteriors=posteriors), pairs_of(100, seed=3)
-    turn = torch.linalg.qr(
-        torch.randn(7, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    ).Q
+    turn = torch.linalg.qr(randn(7, 7, seed=5)).Q
     own = pairs_of(100, seed=1)
     own = own._replace(texts=own.texts @ turn)  # other words for the same images
-    choices = mixed_choices(
-        choose_heads(FitData.of(own, np.arange(100), classes)), (1.0, 0.5, 0.25)
-    )
+    choices = mixed_choices(chosen(own, classes=classes), (1.0, 0.5, 0.25))
     of_kept = {alpha: recall(choice.heads, kept) for alpha, choice in choices.items()}
-    of_own = {
-        alpha: choice.outcome.recall(1, np.arange(100)).value for alpha, choice in choices.items()
-    }
     assert of_kept[0.25] > of_kept[0.5] > of_kept[1] + 0.05
-    assert of_own[1] > of_own[0.25]
+    best, worst = (choices[alpha].outcome.recall(1, np.arange(100)) for alpha in (1.0, 0.25))
+    assert best.value > worst.value
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.0])
@@ -345,7 +327,7 @@ def test_a_mixture_adds_the_maps_of_both_heads(weight):
 
 def test_the_out_of_fold_ranks_of_a_mixture_are_those_of_heads_without_the_fold():
     pairs, classes = pairs_of(60, noise=1.0), class_pairs(300)
-    choice = choose_heads(FitData.of(pairs, np.arange(60), classes))
+    choice = chosen(pairs, classes=classes)
     found, folds = mixed_choices(choice, (1.0, 0.5))[0.5].outcome, choice.whole.data.folds
     equal = []
     for fold in folds.unique():
@@ -362,7 +344,7 @@ def test_the_out_of_fold_ranks_of_a_mixture_are_those_of_heads_without_the_fold(
 def test_a_sample_of_many_pairs_keeps_their_groups_and_folds(monkeypatch):
     monkeypatch.setattr(known_data, "MOST", 40)
     pairs, groups = pairs_of(100), np.arange(100) // 2
-    data = FitData.of(pairs, groups, seed=1)
+    data = data_of(pairs, groups, seed=1)
     sample = data.sample()
     rows = torch.cdist(sample.pairs.images, pairs.images).argmin(dim=1)
     assert len(rows.unique()) == 40

@@ -11,11 +11,11 @@ from declip.closed_form import neighbors, related
 from declip.closed_form.choice import choose_heads
 from declip.closed_form.heads import Heads
 from declip.closed_form.neighbors import Side, Similarities, both_resemble, leading_axes
-from declip.closed_form.pairs import FitData, Pairs
+from declip.closed_form.pairs import Pairs
 from declip.closed_form.ranks import ranks_by
 from declip.closed_form.related import choose_neighbors, known_pairs, with_neighbors
 from declip.closed_form.solve import START
-from pair_features import class_pairs, features, pairs_of
+from pair_features import class_pairs, data_of, features, pairs_of, randn
 
 
 def cosine(a, b):
@@ -89,7 +89,7 @@ def test_what_an_image_and_a_text_both_resemble_counts_most_in_their_cosine():
 
 def test_a_start_that_nothing_improves_stays_as_it_is(monkeypatch):
     groups = np.arange(60)
-    data = FitData.of(pairs_of(60), groups, class_pairs())
+    data = data_of(pairs_of(60), groups, class_pairs())
     linear = choose_heads(data, keep_start=False)
     monkeypatch.setattr(related, "CAUTION", 99.0)  # the usual weights
     compared = []
@@ -143,9 +143,7 @@ def test_of_many_pairs_some_are_known_image_and_text_together(monkeypatch):
 
 
 def test_few_axes_keep_what_the_largest_singular_vectors_keep(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.diag(torch.logspace(0, -3, 30))
-    rows = torch.randn(80, 30, generator=generator) @ spread
+    rows = randn(80, 30).float() * torch.logspace(0, -3, 30)
     assert torch.equal(leading_axes(rows), torch.eye(30))
     monkeypatch.setattr(neighbors, "WIDTH", 6)
     axes = leading_axes(rows)
@@ -157,25 +155,17 @@ def test_few_axes_keep_what_the_largest_singular_vectors_keep(monkeypatch):
 
 def clustered(count):
     """Pairs of 8 kinds; the projections are of no use, so that only known pairs tell the kinds."""
-    generator = torch.Generator().manual_seed(5)
     kinds = torch.arange(count) % 8
-    sides = []
-    for _ in range(2):
-        centers = 3 * torch.randn(8, 20, generator=generator, dtype=torch.float64)
-        sides.append(
-            centers[kinds] + torch.randn(count, 20, generator=generator, dtype=torch.float64)
-        )
-    return Pairs(sides[0], sides[1], torch.arange(count))
+    centers = 3 * randn(2, 8, 20, seed=5)
+    images, texts = centers[:, kinds] + randn(2, count, 20, seed=6)
+    return Pairs(images, texts, torch.arange(count))
 
 
 def test_neighbors_are_taken_where_they_rank_left_out_pairs_better():
     pairs, groups = clustered(80), np.arange(80)
-    data = FitData.of(pairs, groups)
+    data = data_of(pairs, groups)
     choice = choose_heads(data)
-    at_random = torch.randn(
-        2, 4, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    useless = Heads(*at_random)
+    useless = Heads(*randn(2, 4, 20))
     outcome = ranks_by(useless, pairs, data.folds)
     choice = replace(choice, heads=useless, whole=None, outcome=outcome)
     found = with_neighbors(choice, data)
@@ -185,10 +175,9 @@ def test_neighbors_are_taken_where_they_rank_left_out_pairs_better():
 
 def test_a_left_out_pair_is_not_its_own_neighbor(monkeypatch):
     """Pairs at random have no neighbors that help: a pair that knew itself would rank first."""
-    generator = torch.Generator().manual_seed(2)
-    images, texts = torch.randn(2, 60, 16, generator=generator, dtype=torch.float64)
+    images, texts = randn(2, 60, 16, seed=2)
     pairs = Pairs(images, texts, torch.arange(60))
-    data = FitData.of(pairs, np.arange(60))
+    data = data_of(pairs)
     choice = choose_heads(data)
     monkeypatch.setattr(related, "WEIGHTS", ((1.0, 0.0),))
     found = with_neighbors(choice, data)

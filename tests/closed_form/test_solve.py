@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-import scipy.linalg
+import scipy.special
 import torch
 
 from conftest import Lazy
@@ -13,7 +13,7 @@ from declip.closed_form.heads import fit_heads, regression_heads
 from declip.closed_form.pairs import ClassPairs, Pairs
 from declip.closed_form.regression import RegressionRows, moments, regression_rows
 from declip.closed_form.solve import DEFAULT_FORM, Form, split_product
-from pair_features import class_pairs, features, pairs_of
+from pair_features import class_pairs, features, pairs_of, randn
 
 linear_model = Lazy("sklearn.linear_model")
 
@@ -35,11 +35,8 @@ def plain_ridge(x, y, share, ridge):
     def regress(source, target):
         # scikit-learn sums over rows: ε times the mean eigenvalue of the weighted covariance, trace / width.
         alpha = ridge * np.trace((source * share).T @ source) / source.shape[1]
-        return (
-            linear_model.Ridge(alpha=alpha, fit_intercept=False)
-            .fit(source, target, sample_weight=share[:, 0])
-            .coef_.T
-        )
+        model = linear_model.Ridge(alpha=alpha, fit_intercept=False)
+        return model.fit(source, target, sample_weight=share[:, 0]).coef_.T
 
     return both_ways(x, y, regress)
 
@@ -48,20 +45,18 @@ def plain_cca(x, y, share, ridge):
     whiteners = []
     for side in (x, y):
         covariance = (side * share).T @ side
-        damped = covariance + ridge * np.trace(covariance) / len(covariance) * np.eye(
-            len(covariance)
-        )
-        whiteners.append(np.real(scipy.linalg.sqrtm(np.linalg.inv(damped))))
-    return whiteners[0] @ whiteners[0] @ (x * share).T @ y @ whiteners[1] @ whiteners[1]
+        width = len(covariance)
+        damped = covariance + ridge * np.trace(covariance) / width * np.eye(width)
+        whiteners.append(np.linalg.inv(damped))
+    return whiteners[0] @ (x * share).T @ y @ whiteners[1]
 
 
 def plain_pulled(x, y, share, ridge):
     def regress(source, target):
         covariance, cross = ((source * share).T @ side for side in (source, target))
-        penalty, slope = ridge * np.trace(covariance) / 7, np.trace(cross) / np.trace(covariance)
-        return np.linalg.inv(covariance + penalty * np.eye(7)) @ (
-            cross + penalty * slope * np.eye(7)
-        )
+        penalty = ridge * np.trace(covariance) / 7 * np.eye(7)
+        slope = np.trace(cross) / np.trace(covariance)
+        return np.linalg.inv(covariance + penalty) @ (cross + penalty * slope)
 
     return both_ways(x, y, regress)
 
@@ -81,12 +76,11 @@ def test_heads_are_those_of_scikit_learn_and_plain_algebra(method, ridge):
     x = centered(images, weights)
     y = centered(texts, weights)
     share = (weights / weights.sum()).numpy()[:, None]
-    bilinear = (heads.image.mT @ heads.text).numpy()
-    np.testing.assert_allclose(
-        x @ bilinear @ y.T, x @ PLAIN[method](x, y, share, ridge) @ y.T, atol=1e-8
-    )
+    found = x @ (heads.image.mT @ heads.text).numpy() @ y.T
+    expected = x @ PLAIN[method](x, y, share, ridge) @ y.T
+    np.testing.assert_allclose(found, expected, atol=1e-8)
     if ridge == 1e9:  # the cosines of the start, up to a factor
-        np.testing.assert_allclose(x @ bilinear @ y.T, x @ y.T * 2 / 7**0.5, atol=1e-6)
+        np.testing.assert_allclose(found, x @ y.T * 2 / 7**0.5, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [3, 40])  # fewer rows than columns, and more
@@ -101,38 +95,30 @@ def test_class_posteriors_are_features_too(method, count):
         rest = rows.numpy() - np.outer(rows.numpy() @ direction, direction)
         return np.hstack([rest / np.linalg.norm(rest, axis=1, keepdims=True), posteriors])
 
-    own = features_of(
-        pairs.images, scipy.special.softmax((pairs.images @ classes.rows.mT).numpy(), axis=1) ** 0.7
-    )
+    posteriors = scipy.special.softmax((pairs.images @ classes.rows.mT).numpy(), axis=1)
+    own = features_of(pairs.images, posteriors**0.7)
     x = np.vstack([own, features_of(classes.rows - classes.rows.mean(dim=0), np.eye(count))])
     weights = torch.tensor([1.0] * 8 + [0.5] * count, dtype=torch.float64)
     y = centered(torch.cat([pairs.texts, classes.texts]), weights)
     share = (weights / weights.sum()).numpy()[:, None]
-    bilinear = (heads.image.mT @ heads.text).numpy()
     np.testing.assert_allclose(heads.classifier.features(pairs.images).numpy(), own)
-    np.testing.assert_allclose(
-        own @ bilinear @ y.T, own @ PLAIN[method](x, y, share, 0.3) @ y.T, atol=1e-8
-    )
+    found = own @ (heads.image.mT @ heads.text).numpy() @ y.T
+    expected = own @ PLAIN[method](x, y, share, 0.3) @ y.T
+    np.testing.assert_allclose(found, expected, atol=1e-8)
 
 
 def test_neither_classes_of_no_weight_nor_thousands_have_posteriors():
     pairs, classes = pairs_of(8), class_pairs(3)
-    many = ClassPairs(
-        *(part.repeat(800, *[1] * (part.ndim - 1)) for part in classes[:3]), classes.mean
-    )
-    given = (
-        (classes, 0.0),
-        (many._replace(owners=torch.arange(2400)), 1.0),
-        (classes._replace(posteriors=False), 1.0),
-    )
-    assert [regression_rows(pairs, each, weight).images.shape[1] for each, weight in given] == [
-        12
-    ] * 3
+    rows, texts = (side.repeat(800, 1) for side in (classes.rows, classes.texts))
+    many = ClassPairs(rows, texts, torch.arange(2400), classes.mean)
+    without = classes._replace(posteriors=False)
+    for given, weight in ((classes, 0.0), (many, 1.0), (without, 1.0)):
+        assert regression_rows(pairs, given, weight).images.shape[1] == 12
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
 def test_split_product_is_the_singular_value_decomposition(shape):
-    product = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    product = randn(*shape, seed=1)
     left, right = split_product(product)
     values = torch.linalg.svdvals(product)
     torch.testing.assert_close(left.mT @ right, product)
@@ -152,9 +138,8 @@ def test_an_image_counts_once_however_many_captions_it_has():
 def test_a_class_counts_once_however_many_texts_it_has():
     classes = class_pairs(5)
     owners = torch.tensor([0, 0, 0, 1, 2, 3, 4])
-    rows = regression_rows(
-        pairs_of(8), classes._replace(texts=classes.texts[owners], owners=owners), 0.5
-    )
+    several = classes._replace(texts=classes.texts[owners], owners=owners)
+    rows = regression_rows(pairs_of(8), several, 0.5)
     assert torch.bincount(owners, rows.weights[8:]).tolist() == pytest.approx([0.5] * 5)
 
 
@@ -173,10 +158,8 @@ def test_a_ridge_refers_to_all_directions_of_features_with_fewer_columns():
     for x, widths in ((images, None), (images @ basis, (12, 7))):
         known = moments(x, texts, torch.arange(6), torch.ones(6).double())
         axes, maps = solve.solve(known, (DEFAULT_FORM,), widths)
-        left, right = (
-            side @ own @ head.mT for side, own, head in zip((x, texts), axes, maps[0], strict=True)
-        )
-        products.append(left @ right.mT)
+        image, text = (own @ head.mT for own, head in zip(axes, maps[0], strict=True))
+        products.append((x @ image) @ (texts @ text).mT)
     torch.testing.assert_close(*products)
 
 
@@ -185,7 +168,8 @@ def test_a_ridge_refers_to_all_directions_of_features_with_fewer_columns():
 def test_features_without_variance_give_finite_heads(features):
     pairs = Pairs(features(1, 12).expand(5, -1), features(1, 7).expand(5, -1), torch.arange(5))
     heads = fit_heads(pairs, None, 0.0, DEFAULT_FORM)
-    assert bool(heads.image.isfinite().all() and heads.text.isfinite().all())
+    assert heads.image.isfinite().all()
+    assert heads.text.isfinite().all()
 
 
 def test_a_common_vector_of_the_classifier_changes_nothing():
@@ -200,7 +184,7 @@ def test_a_common_vector_of_the_classifier_changes_nothing():
 
 @pytest.mark.parametrize("form", [Form("ridge", 0.1), Form("cca", 3.0), Form("pulled", 10.0)])
 def test_one_form_by_cholesky_factors_is_that_of_several_by_axes(form):
-    sides = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sides = randn(2, 9, 6)
     known = moments(*sides, torch.arange(9), torch.linspace(0.1, 1, 9, dtype=torch.float64))
     (x_axes, y_axes), ((left, right),) = solve.solve(known, (form,))
     one = solve.solve_one(known, form)
