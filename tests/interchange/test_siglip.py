@@ -15,6 +15,7 @@ import declip
 from conftest import refuses
 from declip.interchange import declip_file
 from declip.interchange.read import read
+from declip.interchange.weights import Uninitialized
 from declip.models.hf_encoder import ENTRY
 from declip.models.layers import IMAGE, TEXT, blocks, depths
 from declip.models.siglip import SiglipImageTower, SiglipTextTower
@@ -285,6 +286,20 @@ def test_onnx_gives_the_same_features(folder, one_registry, tmp_path):
     for caption, row in zip(CAPTIONS, tokens.tolist(), strict=True):
         ids = library.encode(caption).ids
         assert ids == row[: len(ids)]
+
+
+def test_no_random_numbers_are_drawn_for_weights_that_will_be_loaded(folder):
+    """But for those of transformers' constructors; torch draws some again until they are in bounds."""
+    stored = read(str(folder)).encoder
+    with Uninitialized(), torch.random.fork_rng(devices=[]):
+        assert torch.equal(torch.full((9,), 1e30).normal_(), torch.zeros(9))
+        torch.manual_seed(0)
+        stored.build(SIDE)
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        for shape in ((1, 1, 32), (1,), (1,)):  # probe, scale, bias
+            torch.randn(shape)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 HEAD = "text_model.head.weight"

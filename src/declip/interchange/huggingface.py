@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -93,7 +94,9 @@ def read(where: str) -> Weights:
             if not name.endswith(POSITION_IDS)
         }
         for tensor_name, tensor in weights.items():
-            if not tensor.isfinite().all():
+            if (
+                not torch.stack(torch.aminmax(tensor)).isfinite().all()
+            ):  # 40 times as fast as `isfinite`
                 raise UserError(f"'{tensor_name}' has numbers that are not finite")
         return read_weights(folder, config, weights, where)
     except Exception as error:  # wrong files raise any class

@@ -25,7 +25,7 @@ from declip.interchange.transformers_files import (
     image_settings,
     read_json,
 )
-from declip.interchange.weights import Weights, check_layers, empty
+from declip.interchange.weights import Uninitialized, Weights, check_layers, empty
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import ENTRY, quiet_transformers
 from declip.models.siglip import (
@@ -76,7 +76,7 @@ def read(
     }
     recipe = load_recipe("few-clip", keys)
     # The sizes may be a stranger's: they are compared before memory is allocated
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialized():
         outline = empty(recipe, stored).state_dict()
     del outline[ENTRY]
     tensors = SIGLIP.read(weights, outline)

@@ -36,17 +36,10 @@ LAYER_KEY = re.compile(r"(layers|depths?|blocks)$")
 MAX_GROWTH = 4
 """Largest size of the tensors, in sizes of their file. Weights hardly compress, and tied ones count twice."""
 
-RANDOM = {
-    *(Tensor.normal_, Tensor.uniform_),
-    *(
-        nn.init.normal_,
-        nn.init.uniform_,
-        nn.init.kaiming_normal_,
-        nn.init.kaiming_uniform_,
-        nn.init.trunc_normal_,
-    ),
-}
-"""Functions that fill a tensor in place with random numbers, and return it."""
+DRAWING = {Tensor.normal_, Tensor.uniform_}
+RANDOM = {"normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_"}
+"""Methods, and names of functions, that fill a tensor in place with random numbers and return it; transformers has
+functions of its own in place of torch's."""
 
 RESCALING = {Tensor.add_, Tensor.clamp_, Tensor.erfinv_, Tensor.mul_}
 """What makes random numbers normal and truncated, in place; slow, on the meta device too."""
@@ -210,11 +203,14 @@ class Weights:
 
 
 class Uninitialized(TorchFunctionMode):
-    """Skip random initialization, where weights are loaded afterwards; other values, as of buffers, are computed."""
+    """Draw no random numbers, where weights are loaded afterwards; other values, as of buffers, are computed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in RANDOM:
+        if func in DRAWING:
+            args[0].detach().zero_()  # a loop that draws until all are in bounds ends
+            return args[0]
+        if func.__name__ in RANDOM:
             return args[0] if args else kwargs["tensor"]
         if func in RESCALING and isinstance(args[0], nn.Parameter):
             return args[0]
