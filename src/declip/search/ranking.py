@@ -85,8 +85,7 @@ def distinct(
     Returns:
         Positions in the ranking, of each hit the best first.
     """
-    ids = ranking.tolist()
-    keys, again = tee(_keys(ids, groups))
+    keys, again = tee(_keys(ranking, groups))  # read as far as needed, twice
     hit_of, end = _assign(keys, ranking, vectors, k, limit)
     hits: list[list[int]] = [[] for _ in {*hit_of.values()}]
     for position, key in enumerate(islice(again, end)):
@@ -106,18 +105,16 @@ def _assign(
     Only the first image with a key is compared with hits: the others follow it.
     """
     hit_of: dict[Key, int] = {}
-    begun = torch.empty(0, vectors.shape[1])  # vectors of the first images of hits
     firsts = _firsts(keys)
+    begun = torch.empty(0, vectors.shape[1])  # (hits, d), of the first image of each
     while block := list(islice(firsts, BLOCK)):
-        positions = [position for position, _ in block]
-        rows = vectors[ranking[positions]].float()
+        rows = vectors[ranking[[position for _, position in block]]].float()
         compared = torch.cat([begun, rows])
         copies = (rows @ compared.mT > limit).numpy()  # (b, hits + b)
-        begins = np.zeros(len(compared), dtype=bool)
-        begins[: len(begun)] = True
-        for row, (position, key) in enumerate(block):
-            similar = np.flatnonzero(copies[row] & begins)
+        begins = np.arange(len(compared)) < len(begun)  # rows of `compared` that begin a hit
+        for row, (key, position) in enumerate(block):
             first = len(begun) + row
+            similar = np.flatnonzero(copies[row] & begins)
             if len(similar):
                 first = similar[0]
             elif begins.sum() == k:
@@ -128,16 +125,16 @@ def _assign(
     return hit_of, len(ranking)
 
 
-def _keys(ids: list[int], groups: Cells | None) -> Iterable[Key]:
+def _keys(ranking: Tensor, groups: Cells | None) -> Iterable[Key]:
     if groups is None:
-        return range(len(ids))
-    return (groups[id][0] or position for position, id in enumerate(ids))
+        return range(len(ranking))
+    return (groups[id][0] or position for position, id in enumerate(ranking.tolist()))
 
 
-def _firsts(keys: Iterable[Key]) -> Iterator[tuple[int, Key]]:
+def _firsts(keys: Iterable[Key]) -> Iterator[tuple[Key, int]]:
     """Each key with its first position."""
     seen = set[Key]()
     for position, key in enumerate(keys):
         if key not in seen:
             seen.add(key)
-            yield position, key
+            yield key, position
