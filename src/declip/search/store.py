@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,14 +71,10 @@ class Block:
         for row in rows:
             texts = [text[:LONGEST_CAPTION] for text in row.captions[:MOST_CAPTIONS]]
             cells.append((row.index, row.key, texts, *row.origin[:3]))
-        columns = list(zip(*cells, strict=True))
-        arrays = []
-        for values, field in zip(columns, SCHEMA, strict=True):
-            arrays.append(pa.array(values, field.type))
         matrices: dict[Over, np.ndarray] = {"images": images.numpy().astype(dtype)}
         if captions is not None:
             matrices["captions"] = captions.numpy().astype(dtype)
-        return cls(pa.table(arrays, schema=SCHEMA), matrices)
+        return cls(pa.table(list(zip(*cells, strict=True)), schema=SCHEMA), matrices)
 
 
 class Store:
@@ -127,31 +124,27 @@ class Store:
 
     def rows(self, ids: np.ndarray) -> list[IndexedImage]:
         """Read rows."""
-        rows = dict[int, IndexedImage]()
-        for table, positions, places in self._groups_of(ids):
-            for at, inside in zip(positions, places, strict=True):
-                cells = (column[inside].as_py() for column in table.columns)
-                index, key, captions, path, offset, size = cells
-                origin = Origin(resolve(path, self.folder), offset, size)
-                id, texts = int(ids[at]), tuple(captions)
-                rows[at] = IndexedImage(id, key, texts, index, origin)
-        return [rows[at] for at in range(len(ids))]
+        rows = []
+        for id, cells in zip(ids.tolist(), self._cells(ids, SCHEMA.names), strict=True):
+            index, key, captions, path, offset, size = cells
+            origin = Origin(resolve(path, self.folder), offset, size)
+            rows.append(IndexedImage(id, key, tuple(captions), index, origin))
+        return rows
 
     def keys(self, ids: np.ndarray) -> list[str]:
         """Read the keys of rows."""
-        found = dict[int, str]()
-        for table, positions, places in self._groups_of(ids):
-            keys = table["key"].to_pylist()
-            found.update(zip(positions, map(keys.__getitem__, places), strict=True))
-        return [found[at] for at in range(len(ids))]
+        return [key for (key,) in self._cells(ids, ["key"])]
 
-    def _groups_of(self, ids: np.ndarray) -> Iterator[tuple[pa.Table, list[int], list[int]]]:
-        """Each group of some rows, decoded once, with their positions among the ids and in the group."""
-        numbers = np.searchsorted(self._starts, ids, "right") - 1
-        for number in np.unique(numbers).tolist():
-            positions = np.flatnonzero(numbers == number)
-            places = ids[positions] - self._starts[number]
-            yield self._group(number), positions.tolist(), places.tolist()
+    def _cells(self, ids: np.ndarray, names: list[str]) -> list[list[Any]]:
+        """The cells of some columns of rows; each group of rows is decoded once."""
+        groups = np.searchsorted(self._starts, ids, "right") - 1
+        cells = dict[int, list[Any]]()
+        for number in np.unique(groups).tolist():
+            columns = self._group(number).select(names).columns
+            for position in np.flatnonzero(groups == number).tolist():
+                row = int(ids[position] - self._starts[number])
+                cells[position] = [column[row].as_py() for column in columns]
+        return [cells[position] for position in range(len(ids))]
 
     def matrix(self, over: Over = "images") -> np.ndarray:
         """(n, d), all vectors of a kind, mapped from the disk."""
