@@ -65,7 +65,6 @@ def test_an_embedder_returns_a_row_for_each_row(rows, weights_file, folder, tmp_
 
 
 def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("declip.search.parquet.GROUP_ROWS", 7)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 

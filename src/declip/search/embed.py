@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -125,42 +125,31 @@ class _Embedding:
     def blocks(self) -> Iterator[tuple[list[IndexedImage], Tensor]]:
         """Rows and their vectors (n, d), in the order of the source."""
         cache = VectorCache(f"{fingerprint(self.model)[:24]}-{precision_of(self.model)}")
-        keys = self._keys()
-        numbers = range(len(keys))
+        numbers = range(len(self.source))
+        with pairs_bar(self.progress) as bar:
+            title = f"Looking through {self.source.name}"
+            keys = [self._key(index) for index in bar.track(numbers, description=title)]
         blocks = [numbers[start : start + GROUP_ROWS] for start in numbers[::GROUP_ROWS]]
-        # --- one stream of batches, so that the processes that read images start once
-        batches, counts = list[list[int]](), list[int]()
+        batches = list[list[list[int]]]()  # of each block, the images that are not cached
         for block in blocks:
             known = cache.find([keys[index] for index in block])
             missing = [index for index in block if keys[index] not in known]
-            before = len(batches)
-            for at in range(0, len(missing), self.batch_size):
-                batches.append(missing[at : at + self.batch_size])
-            counts.append(len(batches) - before)
+            starts = range(0, len(missing), self.batch_size)
+            batches.append([missing[at : at + self.batch_size] for at in starts])
+        # --- one stream of batches, so that the processes that read images start once
         stream = encode_batches(
-            self.model, self.source, read_image, batches, self.workers, self.progress
+            self.model, self.source, read_image, list(chain(*batches)), self.workers, self.progress
         )
-        for block, count in zip(blocks, counts, strict=True):
-            self._compute(cache, keys, islice(stream, count))
+        for block, own in zip(blocks, batches, strict=True):
+            for vectors, indices, broken in islice(stream, len(own)):
+                self.skipped.merge(broken)
+                if indices:
+                    cache.add([keys[index] for index in indices], vectors)
             known = cache.find([keys[index] for index in block])
             usable = [index for index in block if keys[index] in known]
             if usable:
                 rows = [self._row(index) for index in usable]
                 yield rows, joined([known[keys[index]] for index in usable])
-
-    def _compute(self, cache: VectorCache, keys: Sequence[bytes], stream: Any) -> None:
-        """Save the vectors of batches, and count the images that cannot be used."""
-        for vectors, indices, broken in stream:
-            if indices:
-                cache.add([keys[index] for index in indices], vectors)
-            self.skipped.merge(broken)
-
-    def _keys(self) -> list[bytes]:
-        """The key of each image in the cache."""
-        numbers = range(len(self.source))
-        with pairs_bar(self.progress) as bar:
-            title = f"Looking through {self.source.name}"
-            return [self._key(index) for index in bar.track(numbers, description=title)]
 
     def _key(self, index: int) -> bytes:
         """By where the image is and when it changed; by its pixels where that is unknown."""
@@ -254,5 +243,5 @@ def _usual_folder(
     text = f"{fingerprint(encoder)} {absolute(source)}{read}"
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     name = Path(source).name.removeprefix("builtin:")
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
-    return Path("indices") / f"{(plain or 'source')[:40]}-{digest[:8]}"
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "source"
+    return Path("indices", f"{plain[:40]}-{digest[:8]}")

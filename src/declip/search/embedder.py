@@ -1,6 +1,6 @@
 """Embed batches of rows in the processes of other programs, such as Ray Data and Spark."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from declip.data.columns import DEFAULT, Columns
+from declip.data.pair import BrokenPair
 from declip.data.sources.names import absolute
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.python_items import ItemSource
 from declip.errors import UserError
-from declip.evaluation.encode import image_features, read_images
+from declip.evaluation.encode import image_features
 from declip.interchange.read import load
 from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import fingerprint
@@ -71,35 +72,33 @@ class Embedder:
         """
         model, encode, made_by = _load(self.model, self.device, self.precision)
         ids = _column(batch, self.id, "id")
-        indices: Sequence[int] = range(len(ids))
         if self.source is None:
-            images = _column(batch, self.image, "image")
-            items: list[Any] = [(image, None) for image in images]
+            items: list[Any] = [(image, None) for image in _column(batch, self.image, "image")]
             source = ImageSource(ItemSource(items or [None]), captioned=False)
+            images = [source[index] for index in range(len(ids))]
         else:
-            indices, source = ids, _open(self.source, self.columns)
-            if unknown := [index for index in indices if not 0 <= index < len(source)]:
+            source = _open(self.source, self.columns)
+            if unknown := [index for index in ids if not 0 <= index < len(source)]:
                 raise UserError(
                     f"There is no image {unknown[0]} in '{source.name}': it has {len(source):,}, from 0 on."
                 )
-            ids = [source[index].key for index in indices]
-        # --- why each image cannot be used, and the pixels (1, 3, S, S) of those that can
-        errors, usable = list[str](), list[Tensor]()
-        for index in indices:  # each alone, to know what is wrong with it
-            pixels, _, broken = read_images(
-                model.preprocessor, lambda at: (source[at].open(), 0), [index]
-            )
-            errors.append(
-                "; ".join(f"{reason}: {detail}" for reason, detail in broken.details.items())
-            )
-            usable += [] if pixels is None else [pixels]
+            images = [source[int(index)] for index in ids]
+            ids = [image.key for image in images]
+        # --- why each image cannot be used, and the pixels (3, S, S) of those that can
+        errors = [""] * len(images)
+        pixels = list[Tensor]()
+        for row, image in enumerate(images):
+            try:
+                pixels.append(model.preprocessor.fast(image.open()))
+            except BrokenPair as broken:
+                errors[row] = f"{broken.reason}: {broken.detail}"
         # --- an array without gaps: of lists with None, Ray makes pickled objects
-        rows = np.zeros((len(ids), model.recipe.embed_dim), np.float32)
-        if usable:
-            rows[[not error for error in errors]] = image_features(
-                model, torch.cat(usable), encode
-            ).numpy()
-        return {"id": ids, "vector": rows, "error": errors, "model": [made_by] * len(ids)}
+        vectors = np.zeros((len(ids), model.recipe.embed_dim), np.float32)
+        if pixels:
+            stacked = torch.stack(pixels).contiguous(memory_format=torch.channels_last)
+            usable = [not error for error in errors]
+            vectors[usable] = image_features(model, stacked, encode).numpy()
+        return {"id": ids, "vector": vectors, "error": errors, "model": [made_by] * len(ids)}
 
 
 @lru_cache(1)

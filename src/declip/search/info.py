@@ -121,11 +121,8 @@ class IndexInfo(InfoSection):
             return cls.model_validate_json(content)
         except ValidationError as error:
             for problem in error.errors():
-                if (
-                    problem["loc"] == ("layout",)
-                    and isinstance(problem["input"], int)
-                    and problem["input"] > LAYOUT
-                ):
+                layout = problem["input"] if problem["loc"] == ("layout",) else None
+                if isinstance(layout, int) and layout > LAYOUT:
                     raise newer(path) from error
             raise UserError(
                 f"'{path}' is damaged, or of another version of declip: {one_line(error)}. Embed again into another "

@@ -18,7 +18,7 @@ from declip.models.encoder import Encoder
 from declip.models.precision import TYPES
 from declip.search.embedder import COLUMNS
 from declip.search.info import Dtype, IndexInfo, ModelInfo, SourceInfo
-from declip.search.store import GROUP_ROWS, Block, IndexedImage
+from declip.search.store import Block, IndexedImage
 from declip.search.writer import check_target, describe_model, new_index
 
 TOLERANCE = 1e-3  # of the length of a vector
@@ -111,12 +111,10 @@ def _blocks(tables: Sequence[ParquetRows], dtype: str) -> Iterator[Block]:
                 continue
             vectors = _vectors(cells.filter(usable), width, table.path)
             width = vectors.shape[1]
-            for start in range(0, len(keys), GROUP_ROWS):
-                rows = []
-                for number, key in enumerate(keys[start : start + GROUP_ROWS], count + start):
-                    rows.append(IndexedImage(number, key, (), number, Origin()))
-                part = torch.from_numpy(vectors[start : start + GROUP_ROWS])
-                yield Block.of(rows, part, None, dtype)
+            rows = []
+            for number, key in enumerate(keys, count):
+                rows.append(IndexedImage(number, key, (), number, Origin()))
+            yield Block.of(rows, torch.from_numpy(vectors), None, dtype)
             count += len(keys)
 
 
