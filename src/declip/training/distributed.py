@@ -63,7 +63,8 @@ def init_distributed(name: str) -> "tuple[torch.device, HostGroup]":
     """
     if launched() and name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    device, timeout = pick_device(name), timedelta(seconds=RANK_TIMEOUT)
+    device = pick_device(name)
+    timeout = timedelta(seconds=RANK_TIMEOUT)
     if launched() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -30,7 +30,8 @@ def estimate(recipe: Recipe, terms: Terms = NO_TERMS) -> str:
     """Estimate the time and memory of the run of a recipe, in a sentence."""
     source = open_training_source(recipe.data, recipe.seed)
     recipe = resolve(recipe, Facts(pairs=len(source)))
-    train, few = recipe.train, min(len(source), 2 * recipe.train.batch_size)
+    train = recipe.train
+    few = min(len(source), 2 * train.batch_size)
     refuse_broken(source, recipe.data.max_broken_fraction)
     # Of few pairs so many may be broken by chance that a run would stop.
     most_broken = max(0.5, recipe.data.max_broken_fraction)
@@ -66,9 +67,8 @@ def step_seconds(state: RunState, warm: int, count: int) -> list[float]:
             began = time.perf_counter()
             batch = next(state.loader)
             sync = state.hosts.sync_step(0, len(batch), stop=False)
-            training_step(state.learner, state.optimizer, batch, sync)[
-                "loss"
-            ].item()  # waits for the device
+            values = training_step(state.learner, state.optimizer, batch, sync)
+            values["loss"].item()  # waits for the device
             seconds.append(time.perf_counter() - began)
     return seconds[warm:]
 

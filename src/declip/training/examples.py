@@ -21,7 +21,8 @@ SHOWN_PAIRS = 4
 
 def write_examples(state: RunState, batch: PairBatch) -> None:
     """Write examples.json: the training source, the losses with their chance levels, and a sheet of views."""
-    source, losses = state.source, dict[str, dict[str, Any]]()
+    source = state.source
+    losses = dict[str, dict[str, Any]]()
     for name, term in state.objective.terms.items():
         chance = term.chance(state.recipe.train.batch_size)  # type: ignore[operator]
         title = getattr(term, "title", name)  # a user's own term may have none
@@ -33,10 +34,8 @@ def write_examples(state: RunState, batch: PairBatch) -> None:
         "captions": source.captions_from,
         "credit": source.credit,
     }
-    write_text(
-        state.folder / EXAMPLES,
-        json.dumps({"source": facts, "losses": losses, "view_sheet": sheet}),
-    )
+    examples = {"source": facts, "losses": losses, "view_sheet": sheet}
+    write_text(state.folder / EXAMPLES, json.dumps(examples))
 
 
 def view_sheet(
@@ -59,9 +58,8 @@ def view_sheet(
     chosen = order[most_changed][:SHOWN_PAIRS]
     rows, all_texts = [], []
     for row in chosen.tolist():
-        views = [
-            view.pixels[row].float() * std + mean for view in finished.values()
-        ]  # (3, S, S) each
+        # (3, S, S) each
+        views = [view.pixels[row].float() * std + mean for view in finished.values()]
         rows.append(torch.cat(views, dim=2))
         decoded = [tokenizer.decode(text[row].tolist()) for text in batch.texts]
         texts = dict(zip(("caption", "augmented"), decoded, strict=False))

@@ -87,11 +87,10 @@ class Muon(torch.optim.AdamW):
         if not parameters:
             return
         for parameter in parameters:
-            if not self.state[parameter]:  # AdamW's load_state_dict looks for "step".
-                self.state[parameter] |= {
-                    "momentum": torch.zeros_like(parameter),
-                    "step": torch.zeros(()),
-                }
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+                state["step"] = torch.zeros(())  # AdamW's load_state_dict looks for it
         gradients = [parameter.grad for parameter in parameters]
         momenta = [self.state[parameter]["momentum"] for parameter in parameters]
         torch._foreach_mul_(momenta, MOMENTUM)
@@ -161,7 +160,8 @@ def build_optimizer(
     make: OptimizerFactory | None = None,
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimizer, or `make`'s, with groups by weight decay, learning rate and sharding."""
-    multipliers, usual = multipliers or {}, LrMultiplier()
+    multipliers = multipliers or {}
+    usual = LrMultiplier()
     groups: dict[tuple[bool, bool, bool, LrMultiplier], dict[str, nn.Parameter]]
     groups = {(True, False, False, usual): {}, (False, False, False, usual): {}}
     for name, parameter in named:
@@ -195,11 +195,8 @@ def _made(make: OptimizerFactory, groups: list[dict[str, Any]]) -> torch.optim.O
     """Call a user's factory, and check that the run can drive and save what it returns."""
     names = [group["names"] for group in groups]
     optimizer = make(groups)
-    kept = (
-        isinstance(optimizer, torch.optim.Optimizer)
-        and [g.get("names") for g in optimizer.param_groups] == names
-    )
-    if not kept:
+    is_optimizer = isinstance(optimizer, torch.optim.Optimizer)
+    if not is_optimizer or [group.get("names") for group in optimizer.param_groups] != names:
         raise UserError(
             f"optimizer returned {type(optimizer).__name__}; return a torch.optim.Optimizer with the groups that it "
             "was given, such as lambda groups: torch.optim.NAdam(groups)."
@@ -212,7 +209,8 @@ def learning_rate(step: int, train: Train) -> float:
 
     The first step has `warmup_lr`, step `warmup_steps` - 1 has `lr`, the last one 0, as in DeCLIP's YFCC15M recipe.
     """
-    number, warmup = step + 1, min(train.warmup_steps, train.steps)
+    number = step + 1
+    warmup = min(train.warmup_steps, train.steps)
     if number < warmup:
         return train.warmup_lr + (train.lr - train.warmup_lr) * step / (warmup - 1)
     progress = (number - warmup) / max(train.steps - warmup, 1)

@@ -62,7 +62,8 @@ class Learner(nn.Module):
 
 def build_learner(model: DualEncoder, objective: Objective) -> nn.Module:
     """Build a `Learner`, or DDP around it, distributed as the recipe says; model and objective are changed in place."""
-    train, learner = objective.recipe.train, Learner(model, objective)
+    train = objective.recipe.train
+    learner = Learner(model, objective)
     _check(train, model)
     chunk = grad_cache_chunk(train)
     if train.channels_last and (train.strategy == "ddp" or distributed.world_size() == 1):
@@ -74,8 +75,9 @@ def build_learner(model: DualEncoder, objective: Objective) -> nn.Module:
         )
     if distributed.world_size() > 1:
         synchronize(learner if chunk is None else objective)
-    for tower in (model.image_tower, model.text_tower) if train.grad_checkpointing else ():
-        grad_checkpointing(tower)
+    if train.grad_checkpointing:
+        grad_checkpointing(model.image_tower)
+        grad_checkpointing(model.text_tower)
     # On a CPU it gained 3 to 5 % with small towers, else nothing
     if train.compile and model.device.type == "cuda":
         compile_blocks(model)
@@ -113,12 +115,14 @@ def compile_blocks(model: DualEncoder, backend: str = "inductor") -> int:
 
 def grad_cache_chunk(train: Train) -> int | None:
     """Number of pairs in a GradCache chunk; None where no process holds more pairs, so that one pass is exact."""
-    chunk, pairs = train.grad_cache_chunk, -(-train.batch_size // distributed.world_size())
+    chunk = train.grad_cache_chunk
+    pairs = -(-train.batch_size // distributed.world_size())
     return None if chunk is None or pairs <= chunk else chunk
 
 
 def _check(train: Train, model: DualEncoder) -> None:
-    ranks, chunk = distributed.world_size(), grad_cache_chunk(train)
+    ranks = distributed.world_size()
+    chunk = grad_cache_chunk(train)
     if train.batch_size < ranks:
         raise UserError(
             f"train.batch_size={train.batch_size} is less than the {ranks} processes. Increase it."
@@ -136,13 +140,14 @@ def _check(train: Train, model: DualEncoder) -> None:
 
 def _shard(model: DualEncoder, objective: Objective) -> None:
     """Shard towers and heads block by block; the scales are replicated."""
-    image, text = model.image_tower, model.text_tower
+    image = model.image_tower
+    text = model.text_tower
     parts = [*blocks_of(image), *blocks_of(text), image, text]
     for term in objective.terms.values():
-        # A model that does not learn, such as a teacher, stays whole
-        parts += [
-            head for head in term.children() if any(p.requires_grad for p in head.parameters())
-        ]
+        for head in term.children():
+            # A model that does not learn, such as a teacher, stays whole
+            if any(p.requires_grad for p in head.parameters()):
+                parts.append(head)
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     for part in parts:
         fully_shard(part, mesh=mesh)
@@ -164,7 +169,8 @@ def whole_model(learner: nn.Module) -> DualEncoder:
     if not inner.sharded:
         return inner.model
     tensors = {name: full_tensor(tensor).cpu() for name, tensor in inner.state_dict().items()}
-    weights, heads = without_prefix("model", tensors), without_prefix("objective", tensors)
+    weights = without_prefix("model", tensors)
+    heads = without_prefix("objective", tensors)
     recipe = inner.objective.recipe
     return Weights(recipe, weights, recipe.name, heads).build().to(inner.model.device)
 

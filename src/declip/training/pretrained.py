@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from declip.errors import UserError
 from declip.interchange.architecture import load_tensors
@@ -76,10 +75,13 @@ def apply_pretrained(
     recipe = objective.recipe
     tune = recipe.finetune
     # --- what is loaded
-    loaded, heads, kept = set[str](), set[str](), dict[str, Tensor]()
+    loaded = set[str]()
+    heads = set[str]()
+    kept = dict[str, Tensor]()
     if start is not None:
         loaded = load_tensors(start, model)
-        heads = _load_heads(start, objective) if loaded else heads
+        if loaded:
+            heads = _load_heads(start, objective)
         kept = _kept_tensors(start, model, loaded, objective, heads)
     if recipe.text.hf_model is not None and recipe.text.pretrained:
         names = (name for name, _ in model.named_parameters())
@@ -117,7 +119,8 @@ def _kept_tensors(
     start: Weights, model: DualEncoder, loaded: set[str], objective: Objective, heads: set[str]
 ) -> dict[str, Tensor]:
     """The tensors that a run keeps; published ones are read again by their name, unless they were resampled."""
-    state, of_heads = model.state_dict(), objective.state_dict()
+    state = model.state_dict()
+    of_heads = objective.state_dict()
     resampled = any(tensor.shape != state[name].shape for name, tensor in start.tensors.items())
     if not resampled and is_published(start.origin):
         return {}
@@ -127,18 +130,13 @@ def _kept_tensors(
 
 def _load_heads(start: Weights, objective: Objective) -> set[str]:
     """Load the heads whose tensors all fit, and return their names."""
-    own = objective.state_dict()
     given = without_run_state(start.heads, objective.classes)
-    fits, partly = set[str](), set[str]()
-    for name, tensor in own.items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if name in given and given[name].shape == tensor.shape:
-            fits.add(name)
-        else:
-            partly.add(_head_of(name))
+    state = objective.state_dict()
+    own = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    fits = {name for name in own if name in given and given[name].shape == own[name].shape}
+    partly = {_head_of(name) for name in own.keys() - fits}
     heads = {name for name in fits if _head_of(name) not in partly}
-    objective.load_state_dict({**own, **{name: given[name] for name in heads}})
+    objective.load_state_dict({name: given[name] for name in heads}, strict=False)
     return heads
 
 
@@ -164,30 +162,30 @@ def _freeze(
         freeze(model, names if asked else [])
     if tune.lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps:
         # Statistics of a few small batches would replace those of millions of images, to which the weights belong.
-        norms = {
-            f"{n}.running_mean": module
-            for n, module in model.named_modules()
-            if isinstance(module, _BatchNorm)
-        }
-        keep_in_evaluation(model, [module for name, module in norms.items() if name in loaded])
+        modules = dict(model.named_modules())
+        norms = [name for name in modules if f"{name}.running_mean" in loaded]
+        keep_in_evaluation(model, [modules[name] for name in norms])
 
 
 def _add_adapters(model: DualEncoder, tune: FineTuning, lora: LoRA, loaded: set[str]) -> list[str]:
     """Add adapters to the loaded towers that are not all frozen, and return the names of the adapters' parameters."""
-    frozen = {IMAGE: tune.freeze_image_blocks, TEXT: tune.freeze_text_blocks}
-    towers = [
-        t
-        for t in (IMAGE, TEXT)
-        if frozen[t] != "all" and any(name.startswith(t) for name in loaded)
-    ]
+    towers = []
+    for tower, frozen in ((IMAGE, tune.freeze_image_blocks), (TEXT, tune.freeze_text_blocks)):
+        if frozen != "all" and any(name.startswith(tower) for name in loaded):
+            towers.append(tower)
     new = {name for name, _ in model.named_parameters()} - loaded
     add_adapters(model, lora, towers)
+    adapters = []
+    others = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(MARK in name or name in new or parameter.requires_grad)
-    freeze(
-        model, [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    )
-    return [name for name, _ in model.named_parameters() if MARK in name]
+        if MARK in name:
+            adapters.append(name)
+        if MARK in name or name in new:
+            parameter.requires_grad_(True)
+        elif not parameter.requires_grad:
+            others.append(name)
+    freeze(model, others)
+    return adapters
 
 
 def _multiplier(

@@ -145,7 +145,8 @@ class Bar(Sink):
             self.progress.start()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        speed, losses = values["samples_per_second"], {"loss": values["loss"], **values["losses"]}
+        speed = values["samples_per_second"]
+        losses = {"loss": values["loss"], **values["losses"]}
         numbers = [] if speed is None else [f"{speed:,.0f} samples/s"]
         numbers += [f"{name} {value:.3f}" for name, value in losses.items()]
         self.progress.update(self.task, completed=step, numbers="  ".join(numbers))
@@ -175,8 +176,11 @@ class Monitor:
     """Builds rows of numbers and passes them to sinks."""
 
     def __init__(self, info: RunInfo, sinks: Sequence[Sink]) -> None:
-        self.info, self.sinks = info, sinks
-        self._mark, self._seconds, self._logged = time.perf_counter(), 0.0, info.start
+        self.info = info
+        self.sinks = sinks
+        self._seconds = 0.0
+        self._logged = info.start
+        self.restart_timer()
 
     def count(self) -> None:
         """Count the time of a step, before an evaluation or a checkpoint."""
@@ -195,17 +199,20 @@ class Monitor:
     def log(self, step: int, values: Mapping[str, float], lr: float, logit_scale: float) -> None:
         """Write a row of metrics after a number of steps, with the losses by name, "loss" and "grad_norm"."""
         self.count()
-        seconds, samples = self._seconds, (step - self._logged) * self.info.batch_size
-        self._seconds, self._logged = 0.0, step
+        seconds = self._seconds
+        samples = (step - self._logged) * self.info.batch_size
+        self._seconds = 0.0
+        self._logged = step
+        losses = dict(values)
+        loss = losses.pop("loss")
+        grad_norm = losses.pop("grad_norm")
         row = {
             "samples_seen": step * self.info.batch_size,
             "lr": lr,
             "logit_scale": logit_scale,
-            "loss": values["loss"],
-            "losses": {
-                name: value for name, value in values.items() if name not in ("loss", "grad_norm")
-            },
-            "grad_norm": values["grad_norm"],
+            "loss": loss,
+            "losses": losses,
+            "grad_norm": grad_norm,
             "seconds": round(seconds, 4),
             "samples_per_second": round(samples / seconds, 1) if seconds > 0 else None,
         }

@@ -52,7 +52,8 @@ class BestEvaluation:
         Its score is the mean R@1 of both directions on the recipe's retrieval sets or, without one, the mean top-1. The
         loss decides where it is equal: on few pairs it is lowest long before retrieval is best.
         """
-        retrieved, classified = list[RetrievalResult](), list[ZeroShotResult]()
+        retrieved = list[RetrievalResult]()
+        classified = list[ZeroShotResult]()
         for result in results:
             if isinstance(result, RetrievalResult) and result.dataset in evaluation.retrieval:
                 retrieved.append(result)
@@ -62,7 +63,10 @@ class BestEvaluation:
         loss = fmean([result.loss or 0.0 for result in retrieved] or [0.0])
         better = (score, -loss) > (self.score, -self.loss)
         if better:
-            self.step, self.score, self.loss, self.stale = step, score, loss, 0
+            self.step = step
+            self.score = score
+            self.loss = loss
+            self.stale = 0
         else:
             self.stale += 1
         return better
@@ -143,31 +147,29 @@ def versions() -> dict[str, str]:
 
 def collect(state: RunState) -> Checkpoint | None:
     """Collect the state that the next step depends on: a collective of all ranks, of which rank 0 gets the result."""
-    progress, rank_zero = state.progress, distributed.is_rank_zero()
-    generators = state.hosts.gather_objects(random_states(state.model.device))
+    progress = state.progress
+    rank_zero = distributed.is_rank_zero()
+    # Rank 0's own state is among the objective's
     own = {} if rank_zero else state.objective.process_state()
-    others = state.hosts.gather_on_rank_zero(own)
+    ranks = state.hosts.gather_on_rank_zero((random_states(state.model.device), own))
     if not (rank_zero or state.sharded):
         return None
     tensors = unwrap(state.learner).state_dict()  # "model.…" and "objective.…"
     tensors |= with_prefix("optimizer", moments(state.optimizer))
-    weights, training = dict[str, Tensor](), dict[str, Tensor]()
+    weights = dict[str, Tensor]()
+    training = dict[str, Tensor]()
     for name, tensor in tensors.items():
         part = weights if name.startswith("model.") else training
         part[name] = full_tensor(tensor)  # a collective
     if not rank_zero:
         return None
-    for rank, states in enumerate(generators):  # "random.0.cpu" and so on
-        training |= with_prefix(f"random.{rank}", states)
-    for rank, tensors in enumerate(others):  # rank 0's are among the objective's
-        training |= with_prefix(f"process.{rank}", tensors)
+    for rank, (generators, heads) in enumerate(ranks):  # "random.0.cpu" and so on
+        training |= with_prefix(f"random.{rank}", generators)
+        training |= with_prefix(f"process.{rank}", heads)
     seen = progress.step * state.recipe.train.batch_size
     skipped = {**progress.skipped.to_dict(), "seen": seen}
-    extra: dict[str, Any] = {
-        "versions": versions(),
-        "skipped": skipped,
-        "samples": dict(state.samples),
-    }
+    samples = dict(state.samples)
+    extra: dict[str, Any] = {"versions": versions(), "skipped": skipped, "samples": samples}
     if progress.best is not None:
         extra["best"] = asdict(progress.best)
     return Checkpoint(progress.step, weights, training, state.recipe.to_yaml(), extra)
@@ -175,7 +177,8 @@ def collect(state: RunState) -> Checkpoint | None:
 
 def restore(state: RunState, checkpoint: Checkpoint) -> None:
     """Set the state of a checkpoint on this rank."""
-    extra, progress = checkpoint.extra, state.progress
+    extra = checkpoint.extra
+    progress = state.progress
     _refuse_other_pairs(state, extra["samples"])
     try:
         load_weights(state, checkpoint)

@@ -85,6 +85,9 @@ class WandB(Tracker):
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
+SCALARS = ("loss", "grad_norm", "lr", "logit_scale")  # of a logged row, besides the losses
+
+
 class Tracked(Sink):
     """Sends a run's numbers to a tracker by flat names such as "train/loss".
 
@@ -104,10 +107,8 @@ class Tracked(Sink):
             ) from error
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        numbers = {
-            name: values[name] for name in ("loss", "grad_norm", "lr", "logit_scale")
-        } | values["losses"]
-        numbers = {f"train/{name}": value for name, value in numbers.items()}
+        numbers = {f"train/{name}": values[name] for name in SCALARS}
+        numbers |= {f"train/{name}": value for name, value in values["losses"].items()}
         if values["samples_per_second"] is not None:
             numbers["speed/samples_per_second"] = values["samples_per_second"]
         self._attempt(self.tracker.log, step, numbers)
@@ -131,10 +132,9 @@ class Tracked(Sink):
                 call(*arguments)
         except Exception as error:
             self._failed = True
+            reason = one_line(error, 200)
             log.warning(
-                "%s gets no more numbers (%s); metrics.jsonl has them all.",
-                self.name,
-                one_line(error, 200),
+                "%s gets no more numbers (%s); metrics.jsonl has them all.", self.name, reason
             )
 
 
@@ -148,8 +148,7 @@ def check_trackers(report_to: Sequence[str]) -> None:
 
 
 def trackers_of(report_to: Sequence[str]) -> list[Tracked]:
-    """Create the trackers that train.report_to names; for `AUTO`, TensorBoard if it is installed."""
-    check_trackers(report_to)
+    """Create the trackers of a list that passed `check_trackers`; for `AUTO`, TensorBoard if it is installed."""
     names = list(report_to)
     if AUTO in names:
         names.remove(AUTO)
@@ -175,7 +174,9 @@ def is_installed(module: str) -> bool:
 def kept_id(folder: Path, name: str, create: Callable[[], str]) -> str:
     """Read the id of the run in a tracker from the run folder, or create one and save it there."""
     path = folder / TRACKING
-    ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    ids = dict[str, str]()
+    if path.is_file():
+        ids = json.loads(path.read_text(encoding="utf-8"))
     if name not in ids:
         ids[name] = create()
         write_text(path, json.dumps(ids, indent=1))

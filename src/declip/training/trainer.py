@@ -42,7 +42,9 @@ class Trainer:
 
     def __init__(self, state: RunState, progress: bool = True) -> None:
         recipe = state.recipe
-        self.state, self.progress, self.loader = state, state.progress, state.loader
+        self.state = state
+        self.progress = state.progress
+        self.loader = state.loader
         # Step whose loss or gradient is not finite
         self.first_bad = torch.tensor(-1, device=state.model.device)
         self.losses = LossMonitor(
@@ -51,10 +53,11 @@ class Trainer:
         self.throughput = ThroughputMonitor()
         self.stop = StopRequest()
         self.writer = CheckpointWriter(state.folder, recipe.train.keep_checkpoints)
-        self.start, self.is_rank_zero = state.progress.step, distributed.is_rank_zero()
+        self.start = state.progress.step
+        self.is_rank_zero = distributed.is_rank_zero()
         self.info = RunInfo(
             state.folder,
-            state.progress.step,
+            self.start,
             recipe.train.steps,
             recipe.train.batch_size,
             progress,
@@ -66,13 +69,15 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether all steps are done, or the last `train.patience` evaluations were no better than one before."""
-        train, best = self.state.recipe.train, self.progress.best
+        train = self.state.recipe.train
+        best = self.progress.best
         stale = best is not None and train.patience is not None and best.stale >= train.patience
         return self.progress.step >= train.steps or stale
 
     def train(self, finish: Callable[[Path, DualEncoder], object] | None = None) -> Run:
         """Take the remaining steps, then evaluate; rank 0 then calls `finish` with the folder and the model."""
-        state, train = self.state, self.state.recipe.train
+        state = self.state
+        train = state.recipe.train
         with state.lock or nullcontext():
             sinks: list[Sink] = []
             if self.is_rank_zero:
@@ -104,12 +109,12 @@ class Trainer:
 
     def _prepare(self, monitor: Monitor) -> None:
         """Do what precedes the next step: messages, and evaluation of the starting weights."""
-        state, step = self.state, self.progress.step
+        state = self.state
+        step = self.progress.step
         groups = (group["params"] for group in state.optimizer.param_groups)
         trained = sum(p.numel() for p in itertools.chain(*groups)) / 1e6
-        weights = ", ".join(
-            f"{weight:g} {name}" for name, weight in state.objective.weights.items()
-        )
+        named = state.objective.weights.items()
+        weights = ", ".join(f"{weight:g} {name}" for name, weight in named)
         begins = f"Resuming at step {step}" if step else "Starting"
         log.info(
             f"{begins}: {described(state.source)}; "
@@ -126,7 +131,10 @@ class Trainer:
 
     def _take_steps(self, monitor: Monitor) -> None:
         """Take steps until the last one, a request to stop, or evaluations that no longer improve."""
-        state, progress, train, stopped = self.state, self.progress, self.state.recipe.train, False
+        state = self.state
+        progress = self.progress
+        train = state.recipe.train
+        stopped = False
         while not (self.finished or stopped):
             with (
                 naming_lost_workers(f" at step {progress.step}"),
@@ -174,14 +182,12 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         """Whether this step is followed by an evaluation; the last one is only if it may have the best weights."""
-        step, train = self.progress.step, self.state.recipe.train
-        due, last = (
-            train.evaluate_every > 0 and step % train.evaluate_every == 0,
-            step >= train.steps,
-        )
-        if train.patience is not None:
-            return due or last
-        return due and not last
+        step = self.progress.step
+        train = self.state.recipe.train
+        last = step >= train.steps
+        if last:
+            return train.patience is not None
+        return train.evaluate_every > 0 and step % train.evaluate_every == 0
 
     def _next_batch(self, monitor: Monitor) -> tuple[PairBatch, StepSync, float]:
         """Read a batch; return it with the state of all ranks and the seconds that it took."""
@@ -219,7 +225,9 @@ class Trainer:
 
     def _step(self, batch: PairBatch, sync: StepSync) -> tuple[dict[str, Tensor], float]:
         """Take a step; return its losses, none if it was left out, and the learning rate."""
-        state, step, train = self.state, self.progress.step, self.state.recipe.train
+        state = self.state
+        step = self.progress.step
+        train = state.recipe.train
         lr = learning_rate(step, train)
         for group in state.optimizer.param_groups:
             group["lr"] = group_lr(lr, step, group["multiplier"], state.recipe.head_warmup, train)
@@ -281,7 +289,8 @@ class Trainer:
             return
         self.writer.wait()
         earlier = checkpoints.list_checkpoints(self.state.folder)
-        indices = ", ".join(map(str, self.loader.indices(bad)[:8].tolist()))
+        first = self.loader.indices(bad)[:8]
+        indices = ", ".join(map(str, first.tolist()))
         losses = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
         good = earlier[-1] if earlier else "missing"
         raise UserError(
@@ -294,8 +303,8 @@ class Trainer:
 
     def evaluate(self, monitor: Monitor, final: bool = False) -> list[Result]:
         """Evaluate on the recipe's held-out sets, at the end also on its test sets; all ranks get the results."""
-        state, progress = self.state, self.progress
-
+        state = self.state
+        progress = self.progress
         if final and self.is_rank_zero:  # a crash may have interrupted it before
             run_folder.drop_rows(state.folder / run_folder.EVALUATIONS, after=progress.step - 1)
         best = progress.best if final and self.finished else None
@@ -338,13 +347,14 @@ class Trainer:
         """Whether the run folder has the results of the last step, by the best weights, already."""
         step = self.progress.step
         best = self.progress.best.step if self.progress.best is not None else step
-        done = {
-            (row["dataset"], row["task"])
+        rows = [
+            row
             for row in Run(self.state.folder, step).results
             if row.get("best_step", step) == best
-        }
+        ]
+        done = {(row["dataset"], row["task"]) for row in rows}
         tasks = self.state.held_out.tasks(self.state.recipe.evaluation, final=True)
-        return all(done.issuperset(itertools.product([name], tasks[name])) for name in tasks)
+        return all((name, task) in done for name in tasks for task in tasks[name])
 
     def save(self, monitor: Monitor) -> None:
         """Begin to write a checkpoint, and write the counts of skipped pairs; every rank must call it."""

@@ -14,8 +14,10 @@ class LossMonitor:
     """Warns once of a loss, `Objective.watched`, that stays at chance level or diverges."""
 
     def __init__(self, batch_size: int, warmup_steps: int, watched: str | None) -> None:
-        self.watched, self.warmup_steps = watched, warmup_steps
-        self.chance, self._lowest = math.log(batch_size), math.inf
+        self.watched = watched
+        self.warmup_steps = warmup_steps
+        self.chance = math.log(batch_size)
+        self._lowest = math.inf
 
     def check(self, step: int, losses: Mapping[str, float]) -> str | None:
         """Return the warning that is due after a number of steps, if any."""
@@ -51,12 +53,10 @@ class ThroughputMonitor:
         """Count a step by its seconds of waiting and computing; return the warning that is due, if any."""
         self._steps += 1
         if self._steps > 0:
-            self._waited, self._total = self._waited + waited, self._total + waited + took
-        if (
-            self._steps < LEAST_STEPS
-            or self._total < LEAST_SECONDS
-            or self._waited < STARVED * self._total
-        ):
+            self._waited += waited
+            self._total += waited + took
+        few = self._steps < LEAST_STEPS or self._total < LEAST_SECONDS
+        if few or self._waited < STARVED * self._total:
             return None
         self._steps = -sys.maxsize  # no second warning
         return (
