@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 
 import declip
 from conftest import refuses
+from declip.data.sources.header import warn_once
 from declip.data.sources.open import open_source
-from declip.data.sources.table import warn_once
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
 from declip.search import choose as choosing

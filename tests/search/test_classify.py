@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 import declip
 from conftest import SHAPES, draw, refuses, texture
 from declip.data.images.decode import LazyJpeg
-from declip.data.sources.table import warn_once
+from declip.data.sources.header import warn_once
 from declip.models.dual_encoder import DualEncoder
 from declip.search.checks import read_classes
 

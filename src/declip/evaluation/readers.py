@@ -22,10 +22,11 @@ from declip.data.pair import (
     raise_broken,
 )
 from declip.data.sources.folder import FileList
+from declip.data.sources.header import CAPTION_NAMES, Header
 from declip.data.sources.python_items import ItemSource
 from declip.data.sources.rows import by_lower_name, cell_name, label_names
 from declip.data.sources.subset import SPLITS, Subset, splits_of
-from declip.data.sources.table import CAPTION_NAMES, Header, TableSource, open_rows
+from declip.data.sources.table import TableSource, open_rows
 from declip.errors import UserError, unknown
 from declip.evaluation.results import sample_per_class
 from declip.evaluation.zero_shot import class_names, read_prompts

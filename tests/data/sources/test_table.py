@@ -15,9 +15,10 @@ from conftest import refuses
 from data.fakes import KINDS, message, reason_of, write
 from declip.data.columns import Columns
 from declip.data.sources import rows as table_rows
+from declip.data.sources.header import find_columns
 from declip.data.sources.open import open_source
 from declip.data.sources.subset import take
-from declip.data.sources.table import TableSource, find_columns
+from declip.data.sources.table import TableSource
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,9 +15,9 @@ from declip.data.columns import DEFAULT, Columns, MissingColumns
 from declip.data.images.decode import AnyImage, image_below, is_pixels
 from declip.data.pair import BrokenPair, OnDemand, Pair, printable
 from declip.data.sources.entry import EntrySource
+from declip.data.sources.header import Captions, find_columns, read_captions
 from declip.data.sources.rows import by_lower_name, cell_name, label_text, named
-from declip.data.sources.subset import COLUMN, NUMBER_OF, split_numbers
-from declip.data.sources.table import Captions, find_columns, group_number, read_captions
+from declip.data.sources.subset import COLUMN, NUMBER_OF, group_number, split_numbers
 from declip.errors import UserError
 
 PREFIX = "python:"  # of the name of an object in a recipe, which cannot be opened from there

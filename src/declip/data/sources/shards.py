@@ -32,6 +32,7 @@ LARGEST_TEXT = 1_000_000  # bytes of a text or JSON file
 # Bytes read of a member's headers: `tarfile` reads extended ones of any size they claim
 LARGEST_HEADER = 1 << 18
 LARGEST_SIZE = 1 << 62
+END = bytes(tarfile.BLOCKSIZE)  # the header behind the last member
 MOST_PADDING = 1 << 20  # bytes after the end of an archive; tar's own blocks have 10 KiB
 OPEN_INDICES = 2048  # indices that stay mapped; each takes about 10 kB in addition to its map
 # Shards above which a progress bar is shown while they are indexed, and remote ones that are fetched at once.
@@ -216,7 +217,7 @@ def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
     at = 0
     try:
         tar = tarfile.TarFile(fileobj=headers, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
-        while at < file.size:
+        while at < file.size and file.read(tarfile.BLOCKSIZE, at) != END:
             headers.seek(at)
             info = tarfile.TarInfo.fromtarfile(tar)
             if tar.offset <= at or info.size < 0:
@@ -224,18 +225,14 @@ def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
             at = tar.offset
             if info.isreg() and not info.issparse():
                 yield info.name, info.offset_data, min(info.size, LARGEST_SIZE)
-    except tarfile.EOFHeaderError as error:  # type: ignore[attr-defined]
-        if file.size - at > MOST_PADDING:
-            raise tarfile.TarError(
-                f"empty from byte {at:,} on, as an unfinished download is"
-            ) from error
-        return
     except OSError:
         raise
     except Exception as error:  # of any kind, from an invalid header
         raise tarfile.TarError(f"{error or type(error).__name__} at byte {at:,}") from error
     if at > file.size:
         raise tarfile.TarError(f"cut short: {file.size:,} bytes of at least {at:,}")
+    if file.size - at > MOST_PADDING:
+        raise tarfile.TarError(f"empty from byte {at:,} on, as an unfinished download is")
 
 
 class _Headers:

@@ -227,6 +227,14 @@ def numbers_of(cells: pa.ChunkedArray, number_of: Callable[[Any], int], missing:
     return np.array([*numbers, missing], np.int64)[rows]
 
 
+def group_number(cell: Any) -> int:
+    """A hash of a group's cell, 63 bits; 0 where the cell is empty."""
+    if not (name := cell_name(cell).strip()):
+        return 0
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1 | 1
+
+
 def split_number(name: Any) -> int:
     """The number of a split in `SPLITS` by its name in a folder or a cell; `UNKNOWN` for other names."""
     return NUMBER_OF.get(str(name).strip().lower(), UNKNOWN)

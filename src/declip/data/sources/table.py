@@ -1,14 +1,11 @@
 """Pairs from a table: JSONL, CSV, TSV or Parquet, with an image path or image bytes and captions in each row."""
 
 import hashlib
-import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from declip.data.columns import DEFAULT, Columns, Missing, MissingColumns
+from declip.data.columns import DEFAULT, Columns
 from declip.data.images.decode import image_below
-from declip.data.pair import BrokenPair, OnDemand, as_texts, clean_captions, printable
+from declip.data.pair import BrokenPair, OnDemand, printable
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.names import BRACES, holds, is_url, names_shards
+from declip.data.sources.header import find_columns, read_captions
+from declip.data.sources.names import holds, is_url, names_shards
 from declip.data.sources.rows import (
     NOT_UTF8,
     DelimitedRows,
@@ -28,37 +26,21 @@ from declip.data.sources.rows import (
     ParquetRows,
     TableRows,
     by_lower_name,
-    cell_name,
     label_names,
     label_text,
     named,
 )
-from declip.data.sources.subset import COLUMN, UNKNOWN, UNREADABLE, numbers_of, split_numbers
+from declip.data.sources.subset import (
+    COLUMN,
+    UNKNOWN,
+    UNREADABLE,
+    group_number,
+    numbers_of,
+    split_numbers,
+)
 from declip.errors import UserError
 from declip.io.cache import cached_table
 from declip.io.text import one_line
-
-# Column names of public sets, most telling first; tried when the default column is missing.
-IMAGE_NAMES = (
-    "image",
-    "file_name",
-    "image_path",
-    "filepath",
-    "file_path",
-    "path",
-    "filename",
-    "image_file",
-    "img",
-    "file",
-)
-CAPTION_NAMES = ("caption", "captions", "text", "texts", "title", "description", "sentences")
-# Never tried, but named where captions are guessed
-OTHER_TEXTS = ("keywords", "tags", "alt", "alt_text")
-# Once per process, however often the table is opened
-warn_once = cache(logging.getLogger("declip").warning)
-
-Captions = dict[str, tuple[str, ...]]
-"""Columns and templates of captions, with the columns that each reads: for a column itself."""
 
 KINDS: dict[str, Callable[[Path], TableRows]] = {
     ".jsonl": JsonRows,
@@ -257,99 +239,6 @@ def find_table(spec: str | Path) -> Path | None:
         return path
     several = names_shards(text) and text.lower().endswith(".parquet")
     return path if several and not is_url(text) else None
-
-
-def find_columns(
-    names: Sequence[str], columns: Columns, where: Path | str
-) -> tuple[str, Captions, str | None]:
-    """Find the columns of images, of captions (that of images where none is read) and of groups."""
-    header = Header(names, where)
-    image = header.column(columns.image, IMAGE_NAMES, "image")
-    captions: Captions = {image: (image,)}
-    if columns.caption is not None and columns.caption != columns.image:
-        captions = header.captions(columns.caption)
-    group = columns.group and header.column(columns.group, ("",), "group")
-    if header.missing:
-        raise MissingColumns(str(where), names, header.missing)
-    return image, captions, group
-
-
-@dataclass(frozen=True)
-class Header:
-    """The columns of a table, and those that were looked for and are missing."""
-
-    names: Sequence[str]
-    where: Path | str
-    missing: Missing = field(default_factory=dict)
-
-    def column(self, given: str, usual: Sequence[str], what: str) -> str:
-        """Find a column by its name or, if that is the missing `usual[0]`, by another usual name in any case."""
-        names = [given]
-        if given == usual[0]:
-            lower = by_lower_name(self.names)
-            names += [lower[name] for name in usual if name in lower]
-        column = next((name for name in names if name in self.names), None)
-        if column is None:
-            self.missing[given] = what
-            return given
-        if (count := list(self.names).count(column)) > 1:
-            columns = f"{count} columns named '{printable(column)}'"
-            raise UserError(f"The table '{self.where}' has {columns}. Rename all but one.")
-        return column
-
-    def captions(self, given: str | Sequence[str]) -> Captions:
-        """Find the columns of captions, which commas may separate, and of templates."""
-        if given == CAPTION_NAMES[0]:
-            caption = self.column(given, CAPTION_NAMES, "caption")
-            lower = by_lower_name(self.names)
-            others = [lower[name] for name in (*CAPTION_NAMES, *OTHER_TEXTS) if name in lower]
-            unused = ", ".join(printable(name) for name in others if name != caption)
-            if caption != given and unused:
-                problem = f"Captions of '{Path(self.where).name}': {caption}. Not used: {unused}."
-                remedy = "Name one or several by data.columns.caption in training, --caption-column elsewhere."
-                warn_once(f"{problem} {remedy}")
-            return {caption: (caption,)}
-        captions = Captions()
-        for text in (given,) if isinstance(given, str) else given:
-            if text not in self.names and (read := BRACES.findall(text)):
-                captions[text] = tuple(read)
-            else:
-                listed = [text] if text in self.names else map(str.strip, text.split(","))
-                captions |= {name: (name,) for name in listed}
-        for name in chain.from_iterable(captions.values()):
-            self.column(name, ("",), "caption")
-        return captions
-
-
-def read_captions(
-    captions: Captions, rows: Iterable[Callable[[str], Any]], reason: str, key: str
-) -> tuple[str, ...]:
-    """The cleaned captions in rows of one image, which return the cell of a column; raises `BrokenPair`.
-
-    A template with an empty cell gives no caption.
-    """
-    texts = list[str | None]()
-    empty = dict[str, None]()
-    for cell in rows:
-        for text, columns in captions.items():
-            if columns == (text,):
-                texts += as_texts(cell(text), reason, key)
-                continue
-            values = {name: label_text(cell(name)) for name in columns}
-            empty |= dict.fromkeys(name for name, value in values.items() if not value)
-            if all(values.values()):
-                pieces = BRACES.split(text)  # a text, a name, a text, a name … a text
-                pieces[1::2] = map(values.__getitem__, columns)
-                texts.append("".join(pieces))
-    return clean_captions(texts, key, f"no {', '.join(empty)}" if empty else "")
-
-
-def group_number(cell: Any) -> int:
-    """A hash of a group's cell, 63 bits; 0 where the cell is empty."""
-    if not (name := cell_name(cell).strip()):
-        return 0
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1 | 1
 
 
 def decoded(cell: pa.Scalar, key: str) -> Any:
