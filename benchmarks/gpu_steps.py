@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from declip.data.batch import PairBatch, View, plan_views
+from declip.data.batch import PairBatch, View
 from declip.data.images.views import apply_photometric
+from declip.data.plan import plan_views
 from declip.models.device import pick_device
 from declip.recipe.schema import Recipe
 from declip.supervision.objective import needs_of

@@ -20,12 +20,12 @@ from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
-from declip.data.batch import plan_views
 from declip.data.images import decode as picture
 from declip.data.images.decode import open_image
 from declip.data.images.views import apply_photometric
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import Pair, PairSource
+from declip.data.plan import plan_views
 from declip.data.text.tokenizer import Tokenizer
 from declip.recipe.schema import ImageTowerConfig, ImageView, Recipe
 from declip.supervision.objective import needs_of

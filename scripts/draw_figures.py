@@ -255,7 +255,7 @@ def architecture() -> str:
     steps = (
         ("source", "data/sources/", "PairSource", PLAIN),
         ("pair", "data/pair.py: image, captions", "Pair", PLAIN),
-        ("views", "data/batch.py, images/, text/", "uint8 crops, token ids", IMAGE),
+        ("views", "data/plan.py, images/, text/", "uint8 crops, token ids", IMAGE),
         ("batch", "data/loader.py, loader.py", "PairBatch", IMAGE),
         ("towers", "models/dual_encoder.py", "TowerOutputs", IMAGE),
         ("features", "supervision/objective.py", "Rows, gathered once", TEXT),

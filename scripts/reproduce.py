@@ -30,8 +30,8 @@ from operations import count_cost
 from PIL import Image
 
 import declip
-from declip.data.batch import plan_views
 from declip.data.pair import Pair, PairSource
+from declip.data.plan import plan_views
 from declip.data.text.tokenizer import padded_length
 from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes

@@ -129,7 +129,7 @@ def test_no_class_name_twice():
 
 
 HOME = ("supervision", "recipe")
-ALLOWED = {("data.batch", "contrastive")}
+ALLOWED = {("data.plan", "contrastive")}
 """The name of an image view."""
 TENSOR_NAMES = {"interchange.official"}
 """Maps the official implementation's names of tensors to ours."""

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from conftest import encoded, refuses
-from declip.data.batch import Plan, ViewSpec
+from declip.data.images.views import ViewTransform
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import BrokenPair, Pair, PairSource
+from declip.data.plan import Plan
 from declip.data.sources.open import open_source
 from declip.recipe.schema import ImageView, TextView
 
@@ -90,7 +91,9 @@ def make_loader(
 ):
     """A loader of two views; options go to `TextView`, the loader and the assembler."""
     text = {name: options.pop(name) for name in TextView.model_fields.keys() & options}
-    specs = tuple(ViewSpec(name, size, ImageView(), interpolation) for name in ("first", "second"))
+    specs = tuple(
+        ViewTransform(name, size, ImageView(), interpolation) for name in ("first", "second")
+    )
     plan = Plan(specs, 2, TextView(**text), mask, whole_context, (0.5,) * 3, (0.25,) * 3)
     plan = replace(plan, duplicates=options.pop("duplicates", False))
     loading = {

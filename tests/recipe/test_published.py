@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from declip.data.batch import plan_views
+from declip.data.plan import plan_views
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe, recipe_names
 from declip.recipe.schema import ImageView

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from conftest import refuses
-from declip.data.batch import plan_views
+from declip.data.plan import plan_views
 from declip.io.yaml_dialect import read_yaml
 from declip.recipe.checks import load_for_training
 from declip.recipe.finetuning import read_overrides

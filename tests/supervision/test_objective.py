@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from conftest import TINY, WEIGHTS
-from declip.data.batch import PairBatch, plan_views
+from declip.data.batch import PairBatch
+from declip.data.plan import plan_views
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
 from declip.supervision import contrastive

@@ -10,7 +10,8 @@ import torch
 
 from conftest import TINY, WEIGHTS, in_processes, refuses
 from data.fakes import Noise
-from declip.data.batch import PairBatch, plan_views
+from declip.data.batch import PairBatch
+from declip.data.plan import plan_views
 from declip.data.text.tokenizer import Tokenizer
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageTower

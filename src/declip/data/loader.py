@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from declip.data.batch import IGNORED, PHOTOMETRIC_WIDTH, PairBatch, Plan, View
-from declip.data.images.views import Crop, ViewTransform
+from declip.data.batch import IGNORED, PHOTOMETRIC_WIDTH, PairBatch, View
+from declip.data.images.views import Crop
 from declip.data.order import Order
 from declip.data.pair import BrokenPair, LazyImage, PairSource, SkipCounter
+from declip.data.plan import Plan
 from declip.data.sources.subset import groups_of
 from declip.data.text.augment import augment, mask_tokens
 from declip.data.text.tokenizer import CaptionTokenizer, padded_length
@@ -55,7 +56,6 @@ class Assembler:
         if len(self.source) < self.batch_size:
             problem = f"'{self.source.name}' holds {len(self.source)} pairs, fewer than one batch of {self.batch_size}."
             raise UserError(f"{problem} Set a smaller train.batch_size, or add pairs.")
-        self.transforms = [ViewTransform(*spec[1:]) for spec in self.plan.views]
         self.groups = groups_of(self.source) if self.plan.duplicates else None
         order = Order(self.source, self.batch_size, self.seed, self.shuffle_buffer)
         self.steps_per_epoch = order.steps_per_epoch
@@ -104,7 +104,7 @@ class Assembler:
             masked, labels = mask_tokens(rows[0], generator, self.tokenizer, probability)
         crops = list[Crop]()
         params = list[list[float]]()
-        for transform in self.transforms:
+        for transform in self.plan.views:
             crops.append(transform.sample_crop(*image.size, generator))
             params.append(transform.sample_params(generator))
         # --- pixels, only now that their crops are known
@@ -118,7 +118,7 @@ class Assembler:
         """Decode an image, at a reduced scale where every crop stays at least as large as its view, and crop it."""
         for scale in (*image.scales, 1):
             reduced = [crop.reduced(scale) for crop in crops]
-            made = [*zip(self.transforms, reduced, strict=True)]
+            made = [*zip(self.plan.views, reduced, strict=True)]
             if all(min(crop.width, crop.height) >= transform.size for transform, crop in made):
                 break
         pixels = image.pixels(scale)
@@ -131,13 +131,14 @@ class Assembler:
         shape = len(samples), len(self.plan.views), PHOTOMETRIC_WIDTH
         params = params.reshape(shape).transpose(0, 1).contiguous()
         views = {}
-        for number, spec in enumerate(self.plan.views):
-            pixels = torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
+        for number, transform in enumerate(self.plan.views):
+            size = transform.size
+            pixels = torch.empty(0, 3, size, size, dtype=torch.uint8)
             if samples:
                 # In a worker this allocates memory shared with the training process, which copies nothing.
                 # (B, 3, S, S)
                 pixels = default_collate([sample.pixels[number] for sample in samples])
-            views[spec.name] = View(pixels, params[number])
+            views[transform.name] = View(pixels, params[number])
         texts = [[sample.rows[number] for sample in samples] for number in range(self.plan.texts)]
         counts = [[len(ids) for ids in rows] for rows in texts]
         # One length for all texts, since the captions and their augmentations are encoded in one call.

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip.data.batch import Needs, PairBatch, length_step
+from declip.data.batch import Needs, PairBatch
 from declip.data.pair import PairSource
+from declip.data.plan import length_step
 from declip.errors import UserError, unknown
 from declip.io.plugins import load_plugin, plugins
 from declip.models.dual_encoder import DualEncoder

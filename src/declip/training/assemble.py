@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from declip.data.batch import plan_views
 from declip.data.loader import Assembler, Augment, PairLoader
 from declip.data.pair import PairSource
+from declip.data.plan import plan_views
 from declip.data.sources.checks import refuse_broken
 from declip.data.sources.subset import Lists
 from declip.errors import UserError

@@ -25,7 +25,7 @@ OPERATIONS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF
 
 
 def transform(size=24, **options):
-    return ViewTransform(size, ImageView(**options))
+    return ViewTransform("first", size, ImageView(**options))
 
 
 def sampled(maker, count, generator):
@@ -129,7 +129,10 @@ def test_parameters_are_sampled_as_moco_samples_them():
 @pytest.mark.parametrize("shape", [(60, 40), (17, 90), (5, 5), (300, 200)])
 def test_crop_equals_torchvision_on_the_same_box(shape, mode):
     image, flips = scene(*shape), []
-    how, maker = T.InterpolationMode(mode), ViewTransform(32, ImageView(hflip_prob=0.5), mode)
+    how, maker = (
+        T.InterpolationMode(mode),
+        ViewTransform("first", 32, ImageView(hflip_prob=0.5), mode),
+    )
     for seed in range(20):
         crop = maker.sample_crop(*image.size, np.random.default_rng(seed))
         box = (crop.top, crop.left, crop.height, crop.width)

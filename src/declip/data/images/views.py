@@ -193,13 +193,13 @@ class Crop(NamedTuple):
         return Crop(left, top, right - left, bottom - top, self.flip)
 
 
-class ViewTransform:
-    """Samples and makes one training view of `size` x `size` pixels."""
+class ViewTransform(NamedTuple):
+    """Samples and makes one training view of `size` x `size` pixels, `interpolation` resizes its crop."""
 
-    def __init__(self, size: int, augmentation: ImageView, interpolation: str = "bicubic") -> None:
-        self.size = size
-        self.augmentation = augmentation
-        self.interpolation = interpolation
+    name: str
+    size: int
+    augmentation: ImageView
+    interpolation: str = "bicubic"
 
     def box(
         self, width: int, height: int, generator: np.random.Generator
