@@ -18,12 +18,13 @@ from declip.interchange import official
 from declip.interchange.declip_file import FILE, write_declip_file
 from declip.interchange.official import UNUSED
 from declip.interchange.read import read_start
+from declip.runs.checkpoint import without_prefix
 from declip.training.pretrained import apply_pretrained
 from evaluation.conftest import WORDS, PaintedSource
 from golden_cases import GOLDEN, TERMS, Case, model_cases, read_official, read_state, with_heads
 from interchange.test_export import features, run_card
 from interchange.towers import EXACT, largest, pictures
-from training.starts import recipe_for
+from training.starts import quiet_train, recipe_for
 
 CASES = model_cases()
 
@@ -34,12 +35,8 @@ def expected_terms(case):
     found = {TERMS[name]: value for name, value in theirs.items() if name in TERMS}
     if "clip_i1_t" in theirs:  # their "clip" is the mean over the pairings of views
         found["contrastive"] = theirs["clip_i1_t"]
-        others = [
-            value
-            for name, value in theirs.items()
-            if name.startswith("clip_") and name != "clip_i1_t"
-        ]
-        found["multi_view"] = sum(others) / len(others)
+        pairings = {name for name in theirs if name.startswith("clip_")} - {"clip_i1_t"}
+        found["multi_view"] = sum(theirs[name] for name in pairings) / len(pairings)
     return {term: found[term] for term in case.weights} | {"loss": case.step["loss_total"]}
 
 
@@ -50,14 +47,9 @@ def values(terms):
 def gradients(case, modules, step):
     """Names of their parameters, their norms and our gradients, of those that are used and not mere noise."""
     noise = case.about["fp64_check"]["grad_norm_rel"][step]["essentially_zero"]
-    used = {
-        theirs: norm for theirs, norm in case.step["grad_norm"].items() if not UNUSED.match(theirs)
-    }
-    found = [
-        (each, norm, case.parameter(modules, each).grad)
-        for each, norm in used.items()
-        if each not in noise
-    ]
+    norms = case.step["grad_norm"].items()
+    used = {name: norm for name, norm in norms if not UNUSED.match(name) and name not in noise}
+    found = [(name, norm, case.parameter(modules, name).grad) for name, norm in used.items()]
     assert len(found) > len(case.step["grad_norm"]) / 2
     return found
 
@@ -72,22 +64,15 @@ def test_terms_and_gradients_equal_the_official_ones(name):
     assert values(terms) == pytest.approx(expected_terms(case), rel=1e-5, abs=1e-6)
     terms["loss"].backward()
     modules = {"model": model, "objective": objective}
-    whole = {
-        key.removeprefix("step1/grad/") for key in case.arrays if key.startswith("step1/grad/")
-    }
     for theirs, norm, gradient in gradients(case, modules, 0):
         assert gradient.norm().item() == pytest.approx(norm, rel=1e-5), theirs
         spread = norm * math.sqrt(gradient.numel())
-        assert gradient.sum().item() == pytest.approx(
-            case.step["grad_sum"][theirs], abs=1e-5 * spread
-        ), theirs
-        expected = case.value(f"grad/{theirs}") if theirs in whole else None
-        if (
-            expected is not None
-            and expected.shape == gradient.shape
-            and "label_predictor" not in theirs
-        ):
-            torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * norm)
+        total = pytest.approx(case.step["grad_sum"][theirs], abs=1e-5 * spread)
+        assert gradient.sum().item() == total, theirs
+        if f"step1/grad/{theirs}" in case.arrays and "label_predictor" not in theirs:
+            expected = case.value(f"grad/{theirs}")
+            if expected.shape == gradient.shape:
+                torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * norm)
     for theirs in case.step["grad_none"]:
         if not UNUSED.match(theirs):
             parameter = case.parameter(modules, theirs)
@@ -101,15 +86,10 @@ def official_adamw(case, modules):
         parameter = None if UNUSED.match(name) else case.parameter(modules, name)
         if parameter is not None:
             groups[name not in theirs["no_decay"]].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": group, "weight_decay": theirs["weight_decay"] * decayed}
-            for decayed, group in groups.items()
-        ],
-        lr=case.step["lr"],
-        betas=tuple(theirs["betas"]),
-        eps=theirs["eps"],
-    )
+    decay = theirs["weight_decay"]
+    parts = [{"params": each, "weight_decay": decay * on} for on, each in groups.items()]
+    options = {"lr": case.step["lr"], "betas": tuple(theirs["betas"]), "eps": theirs["eps"]}
+    return torch.optim.AdamW(parts, **options)
 
 
 @pytest.mark.golden
@@ -128,11 +108,8 @@ def test_training_continues_from_a_file_to_the_official_second_step(name, tmp_pa
     terms["loss"].backward()
     optimizer.step()
     objective.after_step(model)
-    write_declip_file(
-        model,
-        tmp_path / FILE,
-        {n: t for n, t in objective.state_dict().items() if "queue" not in n},
-    )
+    heads = {n: t for n, t in objective.state_dict().items() if "queue" not in n}
+    write_declip_file(model, tmp_path / FILE, heads)
 
     model, objective = case.read()
     apply_pretrained(read_start(str(tmp_path / FILE)), model, objective)
@@ -157,9 +134,8 @@ def test_features_equal_the_official_ones(name):
         images = model.encode_image(next(iter(case.batch().views.values())).pixels)
         texts = model.encode_text(model.tokenize(case.step["captions"]))
         outputs = objective.run_towers(model.train(), case.batch())
-    views = sorted(
-        key for key in case.arrays if key.startswith("step1/image_raw_") and not key.endswith(".1")
-    )
+    raw = [key for key in case.arrays if key.startswith("step1/image_raw_")]
+    views = sorted(key for key in raw if not key.endswith(".1"))
     assert len(views) == len(outputs.images) or case.kind == "filip"
     found = [("eval_init/image_features", images), ("eval_init/text_features", texts)]
     found += [("step1/text_raw_main", outputs.texts[0]), *zip(views, outputs.images, strict=False)]
@@ -180,11 +156,9 @@ def test_queue_after_a_step_holds_the_official_rows_and_the_tail_that_they_drop(
     objective(model, batch)
     objective.after_step(model)
     queue = objective.terms["nearest_neighbor"].queue
-    augmented, masked = (
-        F.normalize(case.value(f"text_raw_{view}"), dim=-1) for view in ("aug", "main")
-    )
+    texts = torch.cat([case.value(f"text_raw_{view}") for view in ("aug", "main")])
     newest = queue.features.roll(-queue.pointer, dims=0)[-2 * len(batch) :]
-    torch.testing.assert_close(newest, torch.cat([augmented, masked]))
+    torch.testing.assert_close(newest, F.normalize(texts, dim=-1))
     assert queue.pointer == (start + 2 * len(batch)) % size
     theirs = after[(after != before).any(dim=1)]
     distance = (theirs.unsqueeze(1) - queue.features).abs().amax(dim=2).min(dim=1).values
@@ -195,11 +169,12 @@ def test_queue_after_a_step_holds_the_official_rows_and_the_tail_that_they_drop(
 
 def full_size(file, model=None):
     about = json.loads((GOLDEN / file).read_text())
-    shapes = (
-        about[model]["shapes"]
-        if model
-        else {name: key["shape"] for name, key in about["keys"].items()}
-    )
+    if model:
+        return on_meta(about[model]["shapes"])
+    return on_meta({name: key["shape"] for name, key in about["keys"].items()})
+
+
+def on_meta(shapes):
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
@@ -226,12 +201,12 @@ def test_full_size_models_have_the_shapes_of_our_recipes(file, model, recipe, em
     for ours, theirs in ((found, built), (objective, built_objective)):
         shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
         assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
-    assert objective.recipe.text == expected.text
-    assert objective.recipe.image.size == expected.image.size == 224
-    assert objective.recipe.late_interaction == expected.late_interaction
-    assert objective.recipe.simclr == expected.simclr
+    own = objective.recipe
+    for section in ("text", "late_interaction", "simclr"):
+        assert getattr(own, section) == getattr(expected, section)
+    assert own.image.size == expected.image.size == 224
     if expected.image.model.startswith("vit"):
-        assert objective.recipe.image.model_kwargs["num_heads"] == 12
+        assert own.image.model_kwargs["num_heads"] == 12
 
 
 @pytest.mark.parametrize("name", ["clip_vit_tiny", "declip_resnet_tiny"])
@@ -239,11 +214,8 @@ def test_files_are_preprocessed_as_by_the_authors(name, tmp_path):
     """From image files to features: Resize(256 / 224 of the crop), CenterCrop and ImageNet's statistics."""
     model = Case(name).read()[0].eval()
     size = model.recipe.image.size
-    crop = [
-        T.Resize(size * 256 // 224),
-        T.CenterCrop(size),
-        T.ToTensor(),
-    ]  # bilinear, torchvision's default
+    # Bilinear, torchvision's default
+    crop = [T.Resize(size * 256 // 224), T.CenterCrop(size), T.ToTensor()]
     theirs = T.Compose([*crop, T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     images = []
     for number, picture in enumerate(pictures()):
@@ -251,11 +223,10 @@ def test_files_are_preprocessed_as_by_the_authors(name, tmp_path):
         images.append(Image.open(tmp_path / f"{number}.png").convert("RGB"))
     expected = model.encode_image(torch.stack([theirs(image) for image in images]))
     assert largest(model.encode_image(model.preprocess(images)), expected) <= EXACT
-    lazy = torch.stack(
-        [model.preprocessor.fast(open_image(path, "x")) for path in sorted(tmp_path.iterdir())]
-    )
+    of, paths = model.preprocessor, sorted(tmp_path.iterdir())
+    lazy = torch.stack([of.fast(open_image(path, "x")) for path in paths])
     # Of Pillow: a level apart
-    assert largest(model.encode_image(model.preprocessor.normalize(lazy)), expected) <= 0.02
+    assert largest(model.encode_image(of.normalize(lazy)), expected) <= 0.02
 
 
 @pytest.mark.parametrize(
@@ -286,19 +257,13 @@ def official_file(folder, state):
 @pytest.mark.parametrize("name", model_cases())
 def test_official_models_come_in_whole(name, tmp_path, command):
     file, out = official_file(tmp_path, Case(name).state), tmp_path / "out"
-    assert f"Written: {out}" in command(
-        "export", file, "--format", "safetensors", "--out", out
-    ).out.replace("\n", "")
+    printed = command("export", file, "--format", "safetensors", "--out", out).out
+    assert f"Written: {out}" in printed.replace("\n", "")
     expected, objective = read_official(file)
     read = declip.load(out, device="cpu")
     for found, own in zip(features(read), features(expected.eval()), strict=True):
         assert torch.equal(found, own)
-    tensors = load_file(out / FILE)
-    kept = {
-        part.removeprefix("objective."): t
-        for part, t in tensors.items()
-        if part.startswith("objective.")
-    }
+    kept = without_prefix("objective", load_file(out / FILE))
     heads = {part: t for part, t in objective.state_dict().items() if ".queue." not in part}
     assert kept.keys() >= heads.keys()
     assert all(torch.equal(kept[part], heads[part]) for part in heads)
@@ -310,16 +275,12 @@ def test_home_is_expanded_wherever_a_folder_is_given(table, tmp_path, monkeypatc
     file = official_file(tmp_path, read_state("defilip_vit_tiny"))
     assert declip.export(file, "safetensors", "~/imported").folder == tmp_path / "imported"
     tuned = recipe_for(table, "clip", {"finetune": {"pretrained": "~/imported"}}, steps=1)
-    declip.train(tuned, out="~/run", progress=False, report=False)
+    quiet_train(tuned, "~/run")
     assert declip.export("~/run", "safetensors", "~/exported").folder == tmp_path / "exported"
 
 
 def backbone_of(state, prefix):
-    return {
-        prefix + part.removeprefix("visual."): t
-        for part, t in state.items()
-        if part.startswith("visual.")
-    }
+    return {prefix + name: tensor for name, tensor in without_prefix("visual", state).items()}
 
 
 @pytest.mark.golden

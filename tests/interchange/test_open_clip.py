@@ -13,7 +13,6 @@ from huggingface_hub import constants
 
 import declip
 from conftest import Lazy, refuses
-from declip.api import train
 from declip.finetuning.wise_ft import ends_of
 from declip.interchange import layouts
 from declip.models.wrapped import WrappedImageTower
@@ -28,10 +27,24 @@ from interchange.families import (
     same,
     weights_file,
 )
-from training.starts import resumes_exactly, tuned
+from training.starts import quiet_train, resumes_exactly, tuned
 
 open_clip = Lazy("open_clip")
 pytestmark = pytest.mark.usefixtures("open_clip_configs")
+
+
+FILES = {"tiny-vit": "epoch_1.pt"}
+
+
+def transform_of(*name):
+    return open_clip.create_model_and_transforms(*name)[2]
+
+
+def prepares_as(model, transform):
+    """Compare pictures prepared by a model and by open_clip, and give their pixels."""
+    pixels = torch.stack([transform(picture) for picture in pictures()])
+    torch.testing.assert_close(model.preprocess(pictures()), pixels, atol=1e-6, rtol=0)
+    return pixels
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -40,15 +53,11 @@ def test_features_are_open_clips(name, tmp_path, monkeypatch):
     theirs, before = random_model(name), torch.get_rng_state()
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setenv("HOME", str(tmp_path))
-    file = weights_file(
-        theirs, tmp_path / ("epoch_1.pt" if name == "tiny-vit" else "weights.safetensors")
-    )
+    file = weights_file(theirs, tmp_path / FILES.get(name, "weights.safetensors"))
     model = declip.load(f"open_clip:{name}/~/{file.name}", device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
     assert logging.root.handlers == []
-    transform = open_clip.create_model_and_transforms(name)[2]
-    pixels = torch.stack([transform(picture) for picture in pictures()])
-    torch.testing.assert_close(model.preprocess(pictures()), pixels, atol=1e-6, rtol=0)
+    pixels = prepares_as(model, transform_of(name))
     assert same(model, theirs)
     assert not isinstance(model.image_tower, WrappedImageTower)
     project = {
@@ -56,10 +65,9 @@ def test_features_are_open_clips(name, tmp_path, monkeypatch):
         "tiny-resnet": lambda hidden: theirs.visual.attnpool.c_proj(hidden),
         "tiny-convnext": lambda hidden: theirs.visual.head(hidden),
     }
+    found = project[name](model.encode_backbone(pixels))
     expected = theirs.encode_image(pixels, normalize=False)
-    torch.testing.assert_close(
-        project[name](model.encode_backbone(pixels)), expected, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -95,13 +103,10 @@ def test_interpolation_is_open_clips_in_evaluation_and_training(interpolation, t
         stored["preprocess_cfg"] |= {"interpolation": interpolation, "resize_mode": mode}
         config.write_text(json.dumps(stored))
         model = declip.load(folder, device="cpu")
-        transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")[2]
-        pixels = torch.stack([transform(picture) for picture in pictures()])
-        torch.testing.assert_close(model.preprocess(pictures()), pixels, atol=1e-6, rtol=0)
+        prepares_as(model, transform_of(f"local-dir:{folder}"))
         assert isinstance(model.image_tower, WrappedImageTower) == (mode == "squash")
-        assert model.recipe.image.interpolation == {"random": "bicubic"}.get(
-            interpolation, interpolation
-        )
+        evaluated = "bicubic" if interpolation == "random" else interpolation
+        assert model.recipe.image.interpolation == evaluated
 
 
 def test_captions_that_would_be_read_otherwise_are_refused(tmp_path, monkeypatch):
@@ -157,11 +162,10 @@ def test_a_tag_brings_its_preparation_and_activation(tmp_path, monkeypatch):
     }
     for name in ("tiny-vit", "tiny-vit-quickgelu"):
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"first_tag": tag})
-    transform = open_clip.create_model_and_transforms("tiny-vit-quickgelu", "first_tag")[2]
-    pixels = torch.stack([transform(picture) for picture in pictures()])
+    transform = transform_of("tiny-vit-quickgelu", "first_tag")
     for given in ("tiny-vit/first_tag", "tiny-vit/First-Tag", "tiny-vit-quickgelu/first_tag"):
         model = declip.load(f"open_clip:{given}", device="cpu")
-        torch.testing.assert_close(model.preprocess(pictures()), pixels, atol=1e-6, rtol=0)
+        prepares_as(model, transform)
         assert torch.equal(model.tokenize(WORDS), open_clip.get_tokenizer("tiny-vit")(WORDS))
         assert same(model, theirs)
 
@@ -179,15 +183,7 @@ def test_a_run_from_published_weights_keeps_no_copy_of_them(table, tmp_path, mon
     assert not same(last, random_model("tiny-vit"))
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-vit", {})
     shutil.rmtree(list_checkpoints(tmp_path / "parts")[-1])
-    refuses(
-        "first_tag",
-        train,
-        recipe,
-        out=tmp_path / "parts",
-        resume=True,
-        progress=False,
-        report=False,
-    )  # gone
+    refuses("first_tag", quiet_train, recipe, tmp_path / "parts", resume=True)  # gone
 
 
 @pytest.mark.parametrize(
