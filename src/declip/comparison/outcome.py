@@ -184,7 +184,7 @@ def curve_of(rows: Mapping[int, Mapping[int, float]]) -> EfficiencyCurve:
     """Build a curve from values by number of pairs and seed."""
     numbers = sorted(rows)
     seeds = [tuple(sorted(rows[pairs])) for pairs in numbers]
-    values = [tuple(rows[n][seed] for seed in own) for n, own in zip(numbers, seeds, strict=True)]
+    values = [tuple(rows[pairs][seed] for seed in sorted(rows[pairs])) for pairs in numbers]
     return EfficiencyCurve(tuple(numbers), tuple(values), tuple(seeds))
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -164,8 +163,8 @@ class Study:
 
     def check_names(self) -> None:
         """Refuse variants with the same name, or with names that become the same folder."""
-        folders = Counter(Trial(name, 0, 0).id for name in self.names)
-        twice = [name for name in self.names if folders[Trial(name, 0, 0).id] > 1]
+        ids = [Trial(name, 0, 0).id for name in self.names]
+        twice = [name for name, id in zip(self.names, ids, strict=True) if ids.count(id) > 1]
         if twice:
             raise UserError(
                 f"Recipes need different names, also as folders: {', '.join(twice)}. Rename one file."

@@ -25,7 +25,7 @@ class Grid:
         """Read KEY=V1,V2,… of the option --tune."""
         key, _, given = tune.partition("=")
         values = tuple(value.strip() for value in given.split(",") if value.strip())
-        if not key or len(set(values)) < 2 or len(set(values)) < len(values):
+        if not key or len(set(values)) < max(2, len(values)):
             raise UserError(
                 f"--tune is '{tune}'. Write a key and two or more values: train.lr=0.001,0.002,0.004."
             )

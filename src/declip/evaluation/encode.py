@@ -254,7 +254,8 @@ def image_features(
 ) -> Tensor:
     """Encode (n, 3, S, S) pixels to (n, d) float32 on the CPU, in evaluation mode; `unit` makes the length 1."""
     with eval_mode(model) as device:
-        features = _finite(encode(pixels.to(device, non_blocking=True)).float().cpu(), "image")
+        features = encode(pixels.to(device, non_blocking=True))
+        features = _finite(features.float().cpu(), "image")
     return normalize(features, dim=-1) if unit else features
 
 

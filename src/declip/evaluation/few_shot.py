@@ -206,9 +206,7 @@ def fit_mixture(examples: Examples, mixture: Mixture) -> FewShotHead:
     return FewShotHead(weight.contiguous(), center, examples.width, mixture)
 
 
-def fit_few_shot(
-    examples: Examples, seed: int = 0, groups: np.ndarray | None = None
-) -> FewShotHead:
+def fit_few_shot(examples: Examples, groups: np.ndarray | None = None) -> FewShotHead:
     """Weigh settings, and measure the accuracy, by cross-validation on the images; fit the mixture to all.
 
     Images of equal `groups` (n,) are left out together. A class whose images are all left out
@@ -225,12 +223,11 @@ def fit_few_shot(
     some = examples
     if count > MOST:
         part = MOST / count
-        chosen = sample_per_class(
-            examples.labels.numpy(), lambda count: max(2, round(part * count)), seed
-        )
+        labels = examples.labels.numpy()
+        chosen = sample_per_class(labels, lambda count: max(2, round(part * count)))
         some = examples.take(torch.from_numpy(chosen))
         groups = groups[chosen]
-    folds = class_folds(some.labels, groups, seed)
+    folds = class_folds(some.labels, groups)
     measured = measured_images(some.labels, folds)
     measured_classes = len(some.labels[measured].unique())
     unmeasured = with_images - measured_classes
@@ -274,9 +271,9 @@ def measured_images(labels: Tensor, folds: Tensor) -> Tensor:
     return folds_of_class[labels] > 1
 
 
-def class_folds(labels: Tensor, groups: np.ndarray, seed: int = 0) -> Tensor:
+def class_folds(labels: Tensor, groups: np.ndarray) -> Tensor:
     """(n,) the fold of each group of images, at random; the groups of each class are spread over all folds."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     folds = np.zeros(len(labels), np.int64)
     _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
     # A group of several classes counts for its first
@@ -295,7 +292,8 @@ def cross_validate(examples: Examples, forms: Iterable[FewShotForm], folds: Tens
         center = center_of(rest)
         images = centered(examples.images[out], center, examples.width)
         weights = fit_forms(rest, center, forms)
-        scores[:, out] = torch.stack([images @ weights[form].mT for form in forms])
+        for number, form in enumerate(forms):
+            scores[number, out] = images @ weights[form].mT
     return scores
 
 

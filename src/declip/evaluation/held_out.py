@@ -41,8 +41,7 @@ class HeldOutSets:
         tasks = self.tasks_to_keep(wanted) if final else {}
         listed = [("zero-shot", wanted.zero_shot), ("retrieval", wanted.retrieval)]
         if final:
-            listed.append(("zero-shot", wanted.final_zero_shot))
-            listed.append(("retrieval", wanted.final_retrieval))
+            listed += [("zero-shot", wanted.final_zero_shot), ("retrieval", wanted.final_retrieval)]
         for protocol, names in listed:
             for name in names:
                 if protocol not in tasks.setdefault(name, []):
@@ -102,10 +101,10 @@ class HeldOutSets:
         try:
             return open_dataset(name, columns=given, sources=self.sources)
         except MissingColumns as error:
-            usual = replace(
-                given, **{what: getattr(DEFAULT, what) for what in error.missing.values()}
-            )
-            usual = usual if usual.image == given.image else replace(usual, root=None)
+            names = {what: getattr(DEFAULT, what) for what in error.missing.values()}
+            usual = replace(given, **names)
+            if usual.image != given.image:
+                usual = replace(usual, root=None)
             with suppress(MissingColumns):
                 return open_dataset(name, columns=usual, sources=self.sources)
             raise

@@ -30,7 +30,6 @@ def leaking_column(
     images: Tensor,
     groups: np.ndarray,
     classes: int = 0,
-    seed: int = 0,
 ) -> str | None:
     """Find the column not in use whose equal values mark images that are alike, although not left out together.
 
@@ -45,21 +44,18 @@ def leaking_column(
     """
     images = images.float()
     centered = normalize(images - images.mean(dim=0), dim=-1)
-    found = dict[str, int]()
+    values_of = dict[str, int]()
     for column, all_numbers in source.other_columns().items():
         numbers = all_numbers[indices]
         values = len(np.unique(numbers[numbers != 0]))
-        if values <= classes:
-            continue
-        if _alike(centered, numbers, groups, np.random.default_rng(seed)) >= ALIKE:
-            found[column] = values
-    return max(found, key=found.__getitem__, default=None)
+        if values > classes and _alike(centered, numbers, groups) >= ALIKE:
+            values_of[column] = values
+    return max(values_of, key=values_of.__getitem__, default=None)
 
 
-def _alike(
-    images: Tensor, numbers: np.ndarray, groups: np.ndarray, rng: np.random.Generator
-) -> float:
+def _alike(images: Tensor, numbers: np.ndarray, groups: np.ndarray) -> float:
     """How well nearness finds the images of other groups with an equal number, 0 to 1; 0 where these do not repeat."""
+    rng = np.random.default_rng(0)
     # --- some of the values, each with all of its images; 0 is no value
     named = np.flatnonzero(numbers)
     values = np.unique(numbers[named], return_inverse=True)[1]

@@ -69,7 +69,9 @@ class Classified(Subset):
         captioned: bool = False,
         broken: Mapping[int, BrokenPair] | None = None,
     ) -> None:
-        super().__init__(source, np.arange(len(source)) if rows is None else rows, source.name)
+        if rows is None:
+            rows = np.arange(len(source))
+        super().__init__(source, rows, source.name)
         self.captioned = captioned
         self.broken = broken or {}
         self.class_names = tuple(class_names)
@@ -363,7 +365,8 @@ def sun397(name: str, root: Path) -> Openers:
 
 
 def _sun397(name: str, folder: Path, path: Path) -> Classified:
-    classes = [line[3:] for line in (folder / "ClassName.txt").read_text(encoding="utf-8").split()]
+    lines = (folder / "ClassName.txt").read_text(encoding="utf-8").split()
+    classes = [line[3:] for line in lines]
     keys = [line.lstrip("/") for line in path.read_text(encoding="utf-8").split()]
     label_of = {raw: label for label, raw in enumerate(classes)}
     # "a/abbey/sun_aaa.jpg": the first letter, the class, which may contain a slash, and the file.

@@ -25,11 +25,9 @@ FOLDER = resources.files("declip.evaluation") / "prompts"
 class PromptSet(NamedTuple):
     """Templates and class names of a dataset."""
 
-    source: str  # the publication
     templates: tuple[str, ...]  # sentences with {} for the class name
-    classes: Mapping[
-        str, str
-    ]  # name in the files → name in prompts, by label; empty: see `class_names`
+    # Name in the files → name in prompts, by label; empty: see `class_names`
+    classes: Mapping[str, str]
 
 
 def prompt_names() -> list[str]:
@@ -47,7 +45,7 @@ def read_prompts(name: str) -> PromptSet:
         )
     tree = read_yaml((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     classes = {str(raw): str(shown) for raw, shown in tree.get("classes", {}).items()}
-    return PromptSet(tree["source"], tuple(tree["templates"]), classes)
+    return PromptSet(tuple(tree["templates"]), classes)
 
 
 def class_names(prompts: str, raw: Iterable[str]) -> tuple[str, ...]:

@@ -196,7 +196,6 @@ def _start_or_continue(state: RunState, resume: bool, lists: Lists) -> None:
     elif state.pretrained is not None and distributed.is_rank_zero():
         state.pretrained.keep(state.folder, state.recipe)
     # The loader has not begun.
-    done, loader = state.progress.step, state.loader
-    loader.step = done
-    loader.skipped = state.progress.skipped
-    loader.seen = done * state.recipe.train.batch_size
+    state.loader.step = state.progress.step
+    state.loader.skipped = state.progress.skipped
+    state.loader.seen = state.progress.step * state.recipe.train.batch_size

@@ -192,15 +192,17 @@ class Trainer:
     def _next_batch(self, monitor: Monitor) -> tuple[PairBatch, StepSync, float]:
         """Read a batch; return it with the state of all ranks and the seconds that it took."""
         batch: PairBatch | None = None
-        error: UserError | SystemExit = SystemExit(2)
+        error: UserError | SystemExit = SystemExit(2)  # if another rank has the error
+        rows = 0
+        skipped = None
         asked = time.perf_counter()
         try:
             batch = next(self.loader)
+            rows = len(batch)
+            skipped = batch.skipped or None
         except UserError as broken:
             error = broken
         waited = time.perf_counter() - asked
-        rows = 0 if batch is None else len(batch)
-        skipped = None if batch is None else batch.skipped or None
         sync = self.state.hosts.sync_step(
             self.progress.step, rows, self.stop.asked, skipped, batch is None
         )
