@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from declip.data.images.decode import encode
-from declip.data.images.thumbnails import shrunk
+from declip.data.images.thumbnails import shrink
 from declip.data.pair import printable
 from declip.errors import UserError
 from declip.evaluation.zero_shot import class_features, read_templates
@@ -111,5 +111,5 @@ class AppState:
     def thumbnail(self, id: int, side: int) -> bytes:
         """A small copy of an image of the index as WebP."""
         with self.reading:
-            image = shrunk(self.index.image(id), side)
+            image = shrink(self.index.image(id), side)
         return encode(image, "WEBP", quality=82)

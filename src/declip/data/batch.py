@@ -183,7 +183,7 @@ class Needs:
     """The parts of a batch that a loss reads."""
 
     views: frozenset[str] = frozenset({"first"})  # image views that it cannot do without
-    # Those that it also uses where the recipe has them
+    # Image views that it also uses if the recipe has them
     optional_views: frozenset[str] = frozenset()
     texts: int = 1  # number of text views
     masked: bool = False  # whether it predicts masked tokens

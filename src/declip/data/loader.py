@@ -211,7 +211,7 @@ class PairLoader(Iterator[PairBatch], AbstractContextManager["PairLoader"]):
     max_broken_fraction: float = 0.05
 
     def __post_init__(self) -> None:
-        # Of the batches yielded so far: the broken pairs, and the number of all pairs.
+        # The broken pairs of the batches yielded so far, and the number of all their pairs
         self.skipped = SkipCounter()
         self.seen = 0
         self.indices = self.assembler.indices

@@ -73,7 +73,7 @@ class BrokenPair(Exception):
 class Origin(NamedTuple):
     """Where an image is stored; numbers are bytes."""
 
-    # Of the file or the shard, or a shard's URL; empty if the image is not in a file
+    # Path of the file or the shard, or a shard's URL; empty if the image is not in a file
     path: str = ""
     offset: int = 0
     size: int = 0  # 0: unknown

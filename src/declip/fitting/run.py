@@ -15,7 +15,7 @@ from declip.closed_form.pairs import ClassPairs
 from declip.closed_form.solve import START
 from declip.data.images.thumbnails import thumbnails_of
 from declip.data.pair import PairSource
-from declip.data.sources.checks import caption_warnings, described, refuse_broken
+from declip.data.sources.checks import caption_warnings, describe_source, refuse_broken
 from declip.errors import UserError
 from declip.evaluation.held_out import HeldOutSets
 from declip.evaluation.protocols import Options
@@ -73,7 +73,7 @@ def run_fit(task: FitTask, folder: Path) -> FittedRun:
     for name in tasks:
         refuse_broken(task.held_out.test(name), recipe.data.max_broken_fraction)
     base = open_own(recipe) if weights is None else open_base(recipe, weights)
-    log.info("Fitting: %s", described(source))
+    log.info("Fitting: %s", describe_source(source))
     tokenizer = base.model.tokenizer
     for warning in [] if tokenizer is None else caption_warnings(source, tokenizer):
         log.warning(warning)

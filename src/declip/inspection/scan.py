@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
-from declip.data.images.thumbnails import shrunk
+from declip.data.images.thumbnails import shrink
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.subset import splits_of
@@ -507,5 +507,5 @@ def _examples(source: PairSource, indices: Iterable[int]) -> tuple[Example, ...]
             pair = source[int(index)]
             caption = pair.captions()[0]
             image = pair.open().decoded()
-            examples.append(Example(pair.key, caption, *image.size, shrunk(image, THUMBNAIL)))
+            examples.append(Example(pair.key, caption, *image.size, shrink(image, THUMBNAIL)))
     return tuple(examples)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from declip.data.batch import PairBatch
-from declip.data.sources.checks import described
+from declip.data.sources.checks import describe_source
 from declip.errors import UserError
 from declip.evaluation.results import Result
 from declip.io.pool import naming_lost_workers
@@ -117,7 +117,7 @@ class Trainer:
         weights = ", ".join(f"{weight:g} {name}" for name, weight in named)
         begins = f"Resuming at step {step}" if step else "Starting"
         log.info(
-            f"{begins}: {described(state.source)}; "
+            f"{begins}: {describe_source(state.source)}; "
             f"{trained:,.2f} M trainable parameters; {weights}; {state.model.device}, "
             f"{state.recipe.train.precision}, {torch.get_num_threads()} threads"
         )

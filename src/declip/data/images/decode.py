@@ -164,7 +164,7 @@ def check_file(path: Path, key: str) -> None:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
-        # Else also where the path leads
+        # str(error) repeats the path, which the key may be already
         reason = getattr(error, "strerror", None) if str(path) == key else None
         raise BrokenPair("missing image", key, reason or str(error)) from error
     if status.st_size > LARGEST_IMAGE:
@@ -202,12 +202,12 @@ def image_below(root: Path, path: str, key: str, *, follow: bool) -> Path:
 def rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB: deep grays are scaled to 8 bits, transparent pixels lie over white."""
     if image.mode.startswith(("I", "F")):
-        # By the type's usual range: 0 to 65,535, or 0 to 1 or 255 for floats.
+        # The usual range of the type: 0 to 65,535; for floats 0 to 1, or 0 to 255
         values = np.nan_to_num(np.asarray(image, np.float32))
         top = 65_535.0
         if image.mode == "F":
             top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-        # Of TIFF: 0 is white, which Pillow applies at 8 bits only
+        # In TIFF 0 may be white, which Pillow applies at 8 bits only
         if getattr(image, "tag_v2", {}).get(262) == 0:
             values = top - values
         levels = values.clip(0.0, top) * (255.0 / top) + 0.5

@@ -11,10 +11,10 @@ from torch import Tensor
 from declip.data.images.decode import apply_exif
 from declip.data.pair import LazyImage
 
-# Of an image longer than this many times its shorter side, only what the crop keeps is resized.
+# An image with a larger aspect ratio is cropped before it is resized.
 LONGEST_SHAPE = 10
-# The shorter side of a reduced image has at least this many times `resize`: with 1.0 features differ six times as much.
-LEFT = 2.0
+# Shorter side of a reduced image, at least, in multiples of `resize`: with 1.0 features differ six times as much.
+REDUCED_SIDE = 2.0
 
 
 class Preprocess:
@@ -33,8 +33,8 @@ class Preprocess:
         resize: int | None = None,
     ) -> None:
         self.resize = resize or size
-        # Of the shorter side of a reduced image, see `LazyImage.reduced`
-        self.enough = LEFT * self.resize
+        # Pixels of the shorter side of a reduced image, see `LazyImage.reduced`
+        self.enough = REDUCED_SIDE * self.resize
         self.size = size
         self.squash = squash
         self.filter = Image.Resampling[interpolation.upper()]

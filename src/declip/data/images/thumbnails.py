@@ -29,10 +29,10 @@ Thumbnails = Callable[[int], Thumbnail | None]
 
 def thumbnail(image: Image.Image, alt: str, side: int = SIDE) -> Thumbnail:
     """A smaller copy of an image, at most `side` pixels wide and high, as WebP."""
-    return Thumbnail(_data_uri(shrunk(image, side), "webp", quality=84), alt)
+    return Thumbnail(_data_uri(shrink(image, side), "webp", quality=84), alt)
 
 
-def shrunk(image: Image.Image, side: int) -> Image.Image:
+def shrink(image: Image.Image, side: int) -> Image.Image:
     """A copy of an image, RGB, at most `side` pixels wide and high, without the metadata of its file."""
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)

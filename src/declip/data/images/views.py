@@ -15,9 +15,9 @@ from torch import Tensor
 from declip.data.batch import View, unpack_photometric
 from declip.recipe.schema import ImageView
 
-# Of red, green and blue in a gray value, as torchvision has it (ITU-R 601-2)
+# Weights of red, green and blue in a gray value, as in torchvision (ITU-R 601-2)
 LUMA = (0.2989, 0.587, 0.114)
-# Of the float32 images processed together on a CPU: they fit its second-level cache
+# Bytes of float32 images processed together on a CPU: they fit its second-level cache
 CHUNK_BYTES = 1 << 19
 # A tap further out weighs less than 2e-8 of the central one: no effect in float32
 SIGMAS_KEPT = 6.0

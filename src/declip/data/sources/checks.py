@@ -15,7 +15,7 @@ UNKNOWN = 0.1  # fraction of unknown tokens above which a warning is due
 CUT = 0.05  # fraction of captions that are cut above which a warning is due
 
 
-def described(source: PairSource) -> str:
+def describe_source(source: PairSource) -> str:
     """Format the number of pairs, their source and its columns of captions.
 
     For example "24 pairs of a.csv (captions: title)".

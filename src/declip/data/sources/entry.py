@@ -46,7 +46,7 @@ class EntrySource(PairSource):
             return Origin()
         with suppress(OSError, ValueError):
             status = content.stat()
-            # By its inode and not its path, so that a folder may be moved
+            # The inode, not the path, so that a folder may be moved
             stamp = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
             return Origin(str(content.absolute()), 0, status.st_size, stamp)
         return Origin(str(content))

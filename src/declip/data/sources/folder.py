@@ -51,8 +51,8 @@ def metadata_captions(path: Path, key: str) -> list[str]:
     packet = xmp if isinstance(xmp, bytes) else str(xmp).encode()
     texts, keywords = _xmp(packet, key)
     for name in IPTC_TEXTS:
-        texts += _decoded(iptc.get(name))
-    keywords += _decoded(iptc.get(IPTC_KEYWORDS))
+        texts += _iptc_texts(iptc.get(name))
+    keywords += _iptc_texts(iptc.get(IPTC_KEYWORDS))
     kept = [text for text in texts if on_one_line(text).casefold() not in CAMERAS]
     words = dict.fromkeys(filter(None, map(str.strip, keywords)))
     return [*kept, ", ".join(words)]
@@ -100,7 +100,7 @@ def _iptc(image: ImageFile.ImageFile, key: str) -> dict[tuple[int, int], Any]:
     return IptcImagePlugin.getiptcinfo(image) or {}
 
 
-def _decoded(value: bytes | list[bytes | None] | None) -> list[str]:
+def _iptc_texts(value: bytes | list[bytes | None] | None) -> list[str]:
     """Texts of an IPTC field: UTF-8, or else Latin-1, which older programs wrote."""
     texts = list[str]()
     for raw in value if isinstance(value, list) else [value]:
@@ -169,7 +169,7 @@ class FolderSource(FileList):
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a named pipe blocks on open
                 raise BrokenPair("missing caption", key, f"{path} is not a file")
-            # Not by its size, which is 0 for some files of the system
+            # The size in its status is 0 for some files of the system
             with path.open("rb") as file:
                 content = file.read(MOST_CAPTION_BYTES + 1)
             if len(content) > MOST_CAPTION_BYTES:

@@ -16,7 +16,7 @@ from declip.data.images.decode import AnyImage, image_below, is_pixels
 from declip.data.pair import BrokenPair, OnDemand, Pair, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.header import Captions, find_columns, read_captions
-from declip.data.sources.rows import by_lower_name, cell_name, label_text, named
+from declip.data.sources.rows import by_lower_name, cell_name, class_name, label_text
 from declip.data.sources.subset import COLUMN, NUMBER_OF, group_number, split_numbers
 from declip.errors import UserError
 
@@ -121,7 +121,7 @@ class ItemSource(EntrySource):
 
     def texts(self, key: str, entry: Any) -> tuple[str, ...]:
         def cell(column: str) -> Any:
-            return named(entry[1].get(column), self.class_names or ())
+            return class_name(entry[1].get(column), self.class_names or ())
 
         return read_captions(self._captions, [cell], "unreadable item", key)
 

@@ -56,7 +56,7 @@ def cell_name(cell: Any) -> str:
     return "" if empty else str(cell)
 
 
-def named(cell: Any, names: Sequence[str]) -> Any:
+def class_name(cell: Any, names: Sequence[str]) -> Any:
     """The name of the class that a cell numbers; other cells as they are."""
     is_number = isinstance(cell, int | np.integer) and 0 <= cell < len(names)
     return names[int(cell)] if is_number else cell
@@ -222,8 +222,8 @@ class TextRows(TableRows):
 
         def batches() -> Iterator[pa.RecordBatch]:
             stamp = self.path.stat().st_mtime_ns
-            stored = (_stored(line, cells, readers) for line, cells in self.records())
-            while rows := list(islice(stored, TEXT_ROWS_AT_ONCE)):
+            rows_read = (_read_cells(line, cells, readers) for line, cells in self.records())
+            while rows := list(islice(rows_read, TEXT_ROWS_AT_ONCE)):
                 yield pa.record_batch([*zip(*rows, strict=True)], schema=schema)
             if self.path.stat().st_mtime_ns != stamp:
                 raise UserError(
@@ -233,7 +233,7 @@ class TextRows(TableRows):
         return schema, batches()
 
 
-def _stored(line: int, cells: Row | BrokenPair, readers: Readers) -> tuple[Any, ...]:
+def _read_cells(line: int, cells: Row | BrokenPair, readers: Readers) -> tuple[Any, ...]:
     """The cells that are read, the line's number, and no fault; or no cells and a fault."""
     kept: list[Any] = []
     try:

@@ -131,7 +131,7 @@ def look_up(url: str) -> list[Shard]:
             )
     shards = []
     for name, info in files.items():
-        # Without the address that a redirect led to, which is often signed again each time.
+        # The address that a redirect led to is left out: it is often signed again each time.
         version = {key: info[key] for key in info if key != "url"}
         shards.append(_shard(name, name, int(info.get("size") or 0), str(version)))
     return shards

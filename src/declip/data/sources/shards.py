@@ -45,7 +45,7 @@ KINDS = {ending.removeprefix("."): "image" for ending in EXTENSIONS}
 KINDS |= {"txt": "text", "json": "json"}
 # A key and its extension; as in WebDataset the key ends at the first dot of the file's name.
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^./]*)", re.DOTALL)
-# Of the index of a shard: start and size of each member
+# Columns of a shard's index: the key, and start and size of each member
 PLACE = pa.list_(pa.int64(), 2)
 SCHEMA = pa.schema({"key": pa.large_binary(), "image": PLACE, "text": PLACE, "json": PLACE})
 

@@ -26,9 +26,9 @@ from declip.data.sources.rows import (
     ParquetRows,
     TableRows,
     by_lower_name,
+    class_name,
     label_names,
     label_text,
-    named,
 )
 from declip.data.sources.subset import (
     COLUMN,
@@ -81,13 +81,13 @@ class TableSource(EntrySource):
         self._columns = list(dict.fromkeys(filter(None, wanted)))
         self._label_names = {name: label_names(self.file, name) for name in self._columns}
         schema, batches = self.file.read(self._columns, texts, labels)
-        self.table = self._held("cells", [self._columns, texts, labels], schema, batches)
+        self.table = self._load("cells", [self._columns, texts, labels], schema, batches)
         # Hashing images pays only if their captions are merged.
         captioned = bool(texts or labels)
-        grouped = _grouped(self.table.column(0), hashed=captioned)
+        groups = _group_rows(self.table.column(0), hashed=captioned)
         schema = pa.schema([("rows", pa.large_list(pa.int64()))])
-        held = self._held("rows", [image, captioned], schema, grouped)
-        self._pairs = held["rows"].chunk(0)
+        pairs = self._load("rows", [image, captioned], schema, groups)
+        self._pairs = pairs["rows"].chunk(0)
         # (rows,) those of each pair, and (pairs,) where these begin
         self._rows = self._pairs.flatten().to_numpy()
         self._starts = self._pairs.offsets.to_numpy()[:-1]
@@ -114,14 +114,14 @@ class TableSource(EntrySource):
         rows = self._pairs[index].as_py()
         key, *_ = map(self._row_key, rows)
         image = self.table.column(0)[rows[0]]
-        path = None if is_bytes(image.type) else decoded(image, key)
+        path = None if is_bytes(image.type) else cell_value(image, key)
         return path if path and isinstance(path, str) else key, rows
 
     def cell(self, key: str, row: int, column: str) -> Any:
         """The cell of a pair's row, or the name of the class that it numbers; raises `BrokenPair`."""
         cells = self._column(column)
-        value = b"" if is_bytes(cells.type) else decoded(cells[row], key)
-        return named(value, self._label_names[column])
+        value = b"" if is_bytes(cells.type) else cell_value(cells[row], key)
+        return class_name(value, self._label_names[column])
 
     def texts(self, key: str, rows: list[int]) -> tuple[str, ...]:
         cells = [partial(self.cell, key, row) for row in rows]
@@ -147,7 +147,7 @@ class TableSource(EntrySource):
         labels = label_names(self.file, column)
         cells = list[str]()
         for batch in self.file.read([column], labels=[column])[1]:
-            cells += [label_text(named(cell, labels)) for cell in batch[column].to_pylist()]
+            cells += [label_text(class_name(cell, labels)) for cell in batch[column].to_pylist()]
         pairs = self._pairs.to_pylist()
         return [tuple(dict.fromkeys(map(cells.__getitem__, rows))) for rows in pairs]
 
@@ -170,7 +170,7 @@ class TableSource(EntrySource):
 
     def content(self, key: str, rows: list[int]) -> Path | bytes:
         cell = self.table.column(0)[rows[0]]
-        image = decoded(cell, key)
+        image = cell_value(cell, key)
         if image and isinstance(cell, pa.StructScalar):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, bytes) and image:
@@ -199,7 +199,7 @@ class TableSource(EntrySource):
             raise BrokenPair(reason, f"line {line}", detail)
         return f"line {line}"
 
-    def _held(self, kind: str, options: list[Any], schema: pa.Schema, batches: Any) -> pa.Table:
+    def _load(self, kind: str, options: list[Any], schema: pa.Schema, batches: Any) -> pa.Table:
         """A table in memory or, if it is large, in the cache."""
         try:
             if not self.file.large:
@@ -241,7 +241,7 @@ def find_table(spec: str | Path) -> Path | None:
     return path if several and not is_url(text) else None
 
 
-def decoded(cell: pa.Scalar, key: str) -> Any:
+def cell_value(cell: pa.Scalar, key: str) -> Any:
     """The value of a cell; raises `BrokenPair`."""
     try:
         return cell.as_py()
@@ -249,7 +249,7 @@ def decoded(cell: pa.Scalar, key: str) -> Any:
         raise BrokenPair("invalid text", key, NOT_UTF8) from error
 
 
-def _grouped(images: pa.ChunkedArray, hashed: bool) -> Iterator[pa.RecordBatch]:
+def _group_rows(images: pa.ChunkedArray, hashed: bool) -> Iterator[pa.RecordBatch]:
     """Group the rows of one image, in the order of first rows; images as bytes only if `hashed`."""
     kind = images.type
     rows = np.arange(len(images))

@@ -10,7 +10,7 @@ from declip.data.batch import IGNORED
 from declip.data.tables import read_lines
 from declip.data.text.tokenizer import CaptionTokenizer
 
-# Of the chosen tokens, as in BERT
+# Shares of the chosen tokens that become the mask, or another word, as in BERT
 _MASKED = 0.8
 _RANDOM = 0.1
 
