@@ -85,8 +85,7 @@ def spread_of(values: np.ndarray) -> Spread:
     spread = {"n": len(values), "mean": mean, "min": float(values.min())}
     for percent in (1, 5, 25, 50, 75, 95, 99):
         spread[f"p{percent}"] = float(np.percentile(values, percent))
-    spread["max"] = float(values.max())
-    return spread
+    return {**spread, "max": float(values.max())}
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,8 @@ class CaptionStats:
     per_pair: Spread
     words: Spread
     tokens: Spread  # CLIP's, start and end included, not truncated
-    truncated: dict[
-        int, Fraction
-    ]  # captions that a `text.context_length` would truncate, by context length
+    # Captions that a `text.context_length` would truncate, by context length
+    truncated: dict[int, Fraction]
     # The shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does
     context_length: int
     kinds: dict[str, Fraction]  # see `reading.KINDS`
@@ -312,6 +310,7 @@ def inspect_source(
     whole = len(indices) == total
     title = f"Pairs of {source.name}" if progress else ""
     read = reading.read(source, indices, reading.counted_row, workers, title)
+    drawn = Sample(source, read, whole)
     # --- statistics of the usable pairs, leakage, and what follows
     broken = Fraction.counted(read.skipped.total, len(indices), whole)
     reasons: dict[str, Any] = read.skipped.to_dict()["reasons"]
@@ -321,8 +320,8 @@ def inspect_source(
     facts: dict[str, Any] = {}
     if len(read.pairs):
         with status("Looking for duplicates", progress):
-            facts = _described(source, read, size, batch_size, seed, whole)
-        leakages = [_leakage(source, read, other, workers, progress) for other in others]
+            facts = _described(drawn, size, batch_size, seed)
+        leakages = [_leakage(drawn, other, workers, progress) for other in others]
         facts["leakages"] = tuple(leakages)
     inspection = Inspection(
         name=source.name,
@@ -338,38 +337,44 @@ def inspect_source(
     return replace(inspection, findings=find(inspection), seconds=time.perf_counter() - start)
 
 
-def _leakage(
-    source: PairSource, read: ReadPairs, other: PairSource, workers: int | None, progress: bool
-) -> Leakage:
+class Sample(NamedTuple):
+    """The pairs of a source that were read, all or some."""
+
+    source: PairSource
+    read: ReadPairs
+    whole: bool
+
+    def fraction(self, which: np.ndarray) -> Fraction:
+        """The fraction of pairs or captions (n,) bool that are true."""
+        return Fraction.counted(int(which.sum()), len(which), self.whole)
+
+
+def _leakage(sample: Sample, other: PairSource, workers: int | None, progress: bool) -> Leakage:
     """Find the pairs whose image looks like one of another source."""
     title = f"Images of {other.name}" if progress else ""
     indices = np.arange(len(other))
     seen, _, skipped = reading.read(other, indices, reading.image_row, workers, title)
     if not len(seen):
         raise UserError(f"No image of '{other.name}' can be used. {skipped.explanation()}")
-    copied = read.pairs["index"][reading.across(read.pairs, seen)].tolist()
-    images = ImageSource(source)
-    copies = tuple((images[index].key, index) for index in copied)
-    all_read = len(read.pairs) + read.skipped.total == len(source)
-    fraction = Fraction.counted(len(copied), len(read.pairs), all_read)
-    return Leakage(other.name, len(seen), fraction, copies)
+    pairs = sample.read.pairs
+    copied = reading.across(pairs, seen)
+    images = ImageSource(sample.source)
+    copies = tuple((images[index].key, index) for index in pairs["index"][copied].tolist())
+    return Leakage(other.name, len(seen), sample.fraction(copied), copies)
 
 
-def _described(
-    source: PairSource, read: ReadPairs, size: int, batch_size: int, seed: int, whole: bool
-) -> dict[str, Any]:
+def _described(sample: Sample, size: int, batch_size: int, seed: int) -> dict[str, Any]:
     """Fields of `Inspection` that need a pair that can be used."""
-    pairs = read.pairs
-    lines = read.captions
-    n = len(read.pairs)
+    source = sample.source
+    pairs, lines, _ = sample.read
+    n = len(pairs)
     indices = pairs["index"]
     counts = pairs["captions"].astype(np.int64)
     same = equal_groups(pairs["exact"])
     alike = reading.near_groups(pairs["look"])
     texts = equal_groups(lines["hash"])
-    # (captions,): the pair of each; (texts,): the first caption that says it
-    first = np.unique(texts, return_index=True)[1]
-    owners = np.repeat(np.arange(n), counts)
+    hashes = lines["hash"][np.unique(texts, return_index=True)[1]]  # of each text
+    owners = np.repeat(np.arange(n), counts)  # (captions,), the pair of each
     # A text that a pair has twice counts once
     owners_of, shown = np.unique(np.stack([owners, texts]), axis=1)
     generator = np.random.default_rng((seed, n, 1))
@@ -381,50 +386,38 @@ def _described(
     equal = float(couples / max(1, n * (n - 1)))
     shorter = np.minimum(pairs["width"], pairs["height"])
     longer = np.maximum(pairs["width"], pairs["height"])
-    smaller = Fraction.counted(int((shorter < size).sum()), n, whole)
+    smaller = sample.fraction(shorter < size)
     near_examples = []
     for number in _most_different(same, alike):
         near_examples.append(_examples(source, indices[alike == number][:NEAR_MEMBERS]))
     return {
         "images": ImageStats(spread_of(shorter), spread_of(longer / shorter), size, smaller),
-        "captions": _captions(source, read, indices[owners], equal, batch_size, whole),
+        "captions": _captions(sample, indices[owners], equal, batch_size),
         "equal_images": _repeats(source, same, indices),
         "near_images": _repeats(source, alike, indices),
-        "split_copies": _split_copies(source, alike, indices, whole),
-        "equal_captions": _repeats(source, shown, indices[owners_of], lines["hash"][first[shown]]),
+        "split_copies": _split_copies(sample, alike),
+        "equal_captions": _repeats(source, shown, indices[owners_of], hashes),
         "examples": _examples(source, indices[chosen]),
         "near_examples": tuple(near_examples),
     }
 
 
-def _split_copies(
-    source: PairSource, alike: np.ndarray, indices: np.ndarray, whole: bool
-) -> Fraction | None:
+def _split_copies(sample: Sample, alike: np.ndarray) -> Fraction | None:
     """Count the pairs of other splits whose image is one of those that are `alike` (n,) to a training image."""
-    splits = splits_of(source)
+    splits = splits_of(sample.source)
+    indices = sample.read.pairs["index"]
     train = np.isin(indices, splits.pop("train", []))
     held_out = np.isin(indices, [*chain.from_iterable(splits.values())])
     if not held_out.any():
         return None
     copied = np.isin(alike[held_out], alike[train])
-    return Fraction.counted(int(copied.sum()), len(copied), whole)
+    return sample.fraction(copied)
 
 
-def _captions(
-    source: PairSource,
-    read: ReadPairs,
-    indices: np.ndarray,
-    equal: float,
-    batch_size: int,
-    whole: bool,
-) -> CaptionStats:
+def _captions(sample: Sample, indices: np.ndarray, equal: float, batch_size: int) -> CaptionStats:
     """Statistics of the captions, of the pairs at `indices`; `equal` is how likely two pairs show one text."""
-    lines = read.captions
-    tokens = read.captions["tokens"]
-
-    def fraction(which: np.ndarray) -> Fraction:
-        return Fraction.counted(int(which.sum()), len(lines), whole)
-
+    pairs, lines, _ = sample.read
+    tokens = lines["tokens"]
     for context_length in CONTEXTS:
         if (tokens > context_length).mean() <= LEFT_OUT:
             break
@@ -433,22 +426,24 @@ def _captions(
     for kind, name in enumerate(KINDS):
         which = lines["kind"] == kind
         if which.any():
-            kinds[name] = fraction(which)
+            kinds[name] = sample.fraction(which)
             _, first = np.unique(lines["hash"][which], return_index=True)  # of each text
             shown = np.sort(first)[:OF_A_KIND]
             texts = list[str]()
-            for _, captions in _captioned(source, indices[which][shown]):
+            for _, captions in _captioned(sample.source, indices[which][shown]):
                 texts += [text for text in captions if reading.kind_of(text) == kind]
             distinct = dict.fromkeys(text[:LONGEST_TEXT] for text in texts)
             examples[name] = list(distinct)[:OF_A_KIND]
-    batch_size = min(batch_size, len(source))
+    batch_size = min(batch_size, len(sample.source))
     frequent = sorted(kinds.items(), key=lambda item: -item[1].count)
-    shown_lengths = sorted({*SHOWN_LENGTHS, context_length})
+    truncated = {}
+    for length in sorted({*SHOWN_LENGTHS, context_length}):
+        truncated[length] = sample.fraction(tokens > length)
     return CaptionStats(
-        per_pair=spread_of(read.pairs["captions"]),
+        per_pair=spread_of(pairs["captions"]),
         words=spread_of(lines["words"]),
         tokens=spread_of(tokens),
-        truncated={length: fraction(tokens > length) for length in shown_lengths},
+        truncated=truncated,
         context_length=context_length,
         kinds=dict(frequent),
         examples=examples,
@@ -460,15 +455,14 @@ def _captions(
 def _repeats(
     source: PairSource, groups: np.ndarray, indices: np.ndarray, hashes: np.ndarray | None = None
 ) -> Repeats:
-    """Group repeated images, or captions with `hashes`, by group and by index of the pair that shows them."""
+    """Group repeated images, or captions with a hash for each group, by the group and index (n,) of each pair."""
     numbers, sizes = reading.repeated(groups)
     examples = []
     for number, size in zip(numbers[:LISTED], sizes.tolist(), strict=False):
-        members = groups == number
-        pairs = _captioned(source, indices[members][:KEYS])
+        pairs = _captioned(source, indices[groups == number][:KEYS])
         captions = list(chain.from_iterable(own for _, own in pairs))
         if hashes is not None:
-            wanted = hashes[members][0]
+            wanted = hashes[number]
             captions = [clean(text) for text in captions if reading.caption_hash(text) == wanted]
         keys = tuple(key for key, _ in pairs)
         examples.append(RepeatGroup(size, keys, captions[0] if captions else ""))

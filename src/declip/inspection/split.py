@@ -102,8 +102,7 @@ def _hashes(pairs: ReadPairs, named: np.ndarray, related: np.ndarray) -> np.ndar
     counts = pairs.pairs["captions"]
     captions = pairs.captions["hash"][np.cumsum(counts) - counts]
     hashes = []
-    keys = np.where(named != 0, named.view(np.uint64), captions)
-    for key in keys.tolist():
+    for key in np.where(named != 0, named.view(np.uint64), captions).tolist():
         digest = hashlib.blake2b(key.to_bytes(8, "little"), digest_size=8, person=b"split")
         hashes.append(int.from_bytes(digest.digest()) / 2**64)
     largest = np.zeros(related.max() + 1)
@@ -158,14 +157,14 @@ def _related(pairs: ReadPairs, named: np.ndarray) -> np.ndarray:
     """Number the sets of pairs joined by nearly the same image, a caption, or a group: int64 (n,)."""
     n = len(pairs.pairs)
     members = np.arange(n)
-    owners = np.repeat(np.arange(n), pairs.pairs["captions"])
+    owners = np.repeat(members, pairs.pairs["captions"])
     alike = near_groups(pairs.pairs["look"])  # equal images look alike too
-    # A graph of pairs and what they show: its connected components must not be separated.
-    nodes = n
-    edges = []
     captions = equal_groups(pairs.captions["hash"])
     known = members[named != 0]
     groups = equal_groups(named[known])
+    # A graph of pairs and what they show: its connected components must not be separated.
+    nodes = n
+    edges = []
     for owner, group in ((members, alike), (owners, captions), (known, groups)):
         edges.append(np.stack([owner, nodes + group]))  # a node for each image, caption and group
         nodes += int(group.max(initial=-1)) + 1
