@@ -94,10 +94,9 @@ class Captioning:
         """Offer an image to no other tab for `LEASE` seconds, in place of the tab's last one; None holds no image."""
         now = time.monotonic()
         with self._lock:
-            self._held.pop(tab, None)
-            self._held = {
-                other: held for other, held in self._held.items() if now - held[1] <= LEASE
-            }
+            for other, (_, since) in list(self._held.items()):
+                if other == tab or now - since > LEASE:
+                    del self._held[other]
             if id is not None:
                 self._held[tab] = id, now
 
@@ -137,7 +136,7 @@ class Captioning:
             known = dict(self.captions)
             if len(known) < EVERY:
                 return
-            texts = [*chain(*known.values())]
+            texts = list(chain(*known.values()))
             counts = torch.tensor([len(own) for own in known.values()])
             images = self.state.index.vectors([*known])
             features = self.state.text_vectors(texts)
@@ -165,19 +164,17 @@ class Captioning:
 
     def _next_commands(self) -> list[str]:
         """The commands that fine-tune on the captions, and search all images with the result."""
-        index, name = self.state.index, self.table.path.stem
+        index, table = self.state.index, self.table.path
         source = resolve(index.info.source.path, index.folder)
         if os.path.isabs(source):
             source = os.path.relpath(source)
-        number = next(number for number in count(1) if not _run_folder(name, number).exists())
-        run = str(_run_folder(name, number))
-        start, table = self.state.model_path, str(self.table.path)
-        finetune = ["declip", "finetune", table, "--from", start, "--out", run]
-        return [shlex.join(finetune), shlex.join(["declip", "app", run, source])]
-
-
-def _run_folder(name: str, number: int) -> Path:
-    return Path("runs") / (name if number == 1 else f"{name}-{number}")
+        run = Path("runs", table.stem)
+        numbers = count(2)
+        while run.exists():
+            run = Path("runs", f"{table.stem}-{next(numbers)}")
+        start = self.state.model_path
+        finetune = ["declip", "finetune", str(table), "--from", start, "--out", str(run)]
+        return [shlex.join(finetune), shlex.join(["declip", "app", str(run), source])]
 
 
 def show(state: AppState, asked: ShowQuestion) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Agreement(NamedTuple):
 def compare_captions(state: AppState) -> Agreement:
     """Compare each caption of an index with its image: by out-of-fold rank if there are any, else by cosine."""
     ranked = bool(state.ranks)
-    rows = [*_ranks(state)] if ranked else [*_cosines(state)]
+    rows = [(*pair, rank) for pair, rank in state.ranks.items()] or list(_cosines(state))
     values = np.array([value for _, _, value in rows], np.float32)
     # --- the worst first, and the share that is listed
     order = np.argsort(-values if ranked else values, kind="stable")
@@ -90,11 +90,6 @@ def compare_captions(state: AppState) -> Agreement:
     ids = np.array([id for id, _, _ in rows])[order]
     captions = [rows[row][1] for row in order.tolist()]
     return Agreement(ids, captions, values[order], ranked, limit)
-
-
-def _ranks(state: AppState) -> Iterator[tuple[int, str, float]]:
-    for (id, caption), rank in state.ranks.items():
-        yield id, caption, rank
 
 
 def _cosines(state: AppState) -> Iterator[tuple[int, str, float]]:
@@ -112,7 +107,7 @@ def _cosines(state: AppState) -> Iterator[tuple[int, str, float]]:
         ids, own = index.ids[start : start + BLOCK], captions[start : start + BLOCK]
         images = index.vectors(ids)
         texts = index.vectors(ids, "captions")  # the mean of an image's captions
-        several = [*chain(*(each for each in own if len(each) > 1))]
+        several = list(chain.from_iterable(each for each in own if len(each) > 1))
         encoded = dict[str, Tensor]()
         if several:
             encoded = dict(zip(several, state.text_vectors(several), strict=True))
@@ -130,9 +125,8 @@ def disagreeing(state: AppState, asked: PairsQuestion) -> dict[str, Any]:
     agreement = state.once(compare_captions)
     values, ranked = agreement.values, agreement.ranked
     limit = agreement.limit if asked.limit is None else asked.limit
-    listed = values > limit if ranked else values < limit
-    beyond = int(listed.sum())
-    page = slice(asked.start, min(asked.start + PAGE, beyond))
+    total = int((values > limit if ranked else values < limit).sum())
+    page = slice(asked.start, min(asked.start + PAGE, total))
     ids = agreement.ids[page]
     rows = state.describe(ids)
     captions, shown = agreement.captions[page], values[page].tolist()
@@ -149,7 +143,7 @@ def disagreeing(state: AppState, asked: PairsQuestion) -> dict[str, Any]:
     captioned = len(np.unique(agreement.ids))
     return {
         "rows": rows,
-        "total": beyond,
+        "total": total,
         "captions": len(values),
         "without": len(state.index) - captioned,
         "ranked": ranked,
@@ -210,15 +204,12 @@ def find_similar(state: AppState) -> SimilarImages:
 def duplicates(state: AppState, asked: PairsQuestion) -> dict[str, Any]:
     """A page of groups with cosines of at least the threshold, and the ids of all but the first of each."""
     groups = state.once(find_similar).groups(asked.threshold)
-    rows = [
-        {"cosine": cosine, "size": len(ids), "members": state.describe(ids[:MEMBERS])}
-        for ids, cosine in groups[asked.start : asked.start + PAGE]
-    ]
-    return {
-        "rows": rows,
-        "total": len(groups),
-        "marked": [id for ids, _ in groups for id in ids[1:]],
-    }
+    rows = []
+    for ids, cosine in groups[asked.start : asked.start + PAGE]:
+        members = state.describe(ids[:MEMBERS])
+        rows.append({"cosine": cosine, "size": len(ids), "members": members})
+    marked = list(chain.from_iterable(ids[1:] for ids, _ in groups))
+    return {"rows": rows, "total": len(groups), "marked": marked}
 
 
 def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
@@ -227,24 +218,13 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
     Pairs that have left the index since they were marked are omitted.
     """
     index, saved = state.index, state.index.info.source
-    agreement: Agreement | None = state.compared.get(compare_captions)
-    worst: dict[int, tuple[str, float | None]] = {}  # caption and cosine, by image
-    if agreement is not None:
-        ids, values = agreement.ids.tolist(), agreement.values.tolist()
-        for id, caption, value in zip(ids, agreement.captions, values, strict=True):
-            worst.setdefault(id, (caption, None if agreement.ranked else value))
-    rows = dict[int, MarkedPair]()
-    for reason, chosen in marked.root.items():
-        for row in index.rows(np.intersect1d(chosen, index.ids)):
-            caption, cosine = worst.get(row.id, (row.caption, None))
-            pair = MarkedPair(row.key, row.index, reason, cosine, caption)
-            rows.setdefault(row.id, pair)
-    if not rows:
+    pairs = _marked_pairs(state, marked)
+    if not pairs:
         raise UserError("The list is empty.")
     folder = os.path.relpath(index.folder.resolve())
     drop, rest = Path(f"{folder}.drop.jsonl"), Path(f"{folder}{LIST_KIND}")
     with state.reading:
-        lines = [json.dumps(vars(rows[id])) + "\n" for id in sorted(rows)]
+        lines = [json.dumps(vars(pair)) + "\n" for pair in pairs]
         write_text(drop, "".join(lines), HINT)
         # --- the other pairs of the source
         if not saved.path:
@@ -255,11 +235,27 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
         columns = saved.columns_of(index.folder)
         source = open_source(spec, columns)
         images = ImageSource(source)
-        for pair in rows.values():
+        for pair in pairs:
             if pair.index >= len(source) or images[pair.index].key != pair.key:
                 problem = f"'{source.name}' has changed since it was embedded"
                 difference = f"its pair {pair.index} is not '{printable(pair.key)}'"
                 raise UserError(f"{problem}: {difference}. Run the command again.")
-        marked_indices = {pair.index for pair in rows.values()}
-        count = write_others(rest, spec, columns, source, marked_indices)
+        count = write_others(rest, spec, columns, source, {pair.index for pair in pairs})
     return {"drop": str(drop), "rest": str(rest), "count": count}
+
+
+def _marked_pairs(state: AppState, marked: Marked) -> list[MarkedPair]:
+    """The marked pairs in the order of the index, each with its worst caption if captions were compared."""
+    index, agreement = state.index, state.compared.get(compare_captions)
+    worst: dict[int, tuple[str, float | None]] = {}  # caption and cosine, by image
+    if agreement is not None:
+        ids, values = agreement.ids.tolist(), agreement.values.tolist()
+        for id, caption, value in zip(ids, agreement.captions, values, strict=True):
+            worst.setdefault(id, (caption, None if agreement.ranked else value))
+    pairs = dict[int, MarkedPair]()
+    for reason, chosen in marked.root.items():
+        for row in index.rows(np.intersect1d(chosen, index.ids)):
+            caption, cosine = worst.get(row.id, (row.caption, None))
+            pair = MarkedPair(row.key, row.index, reason, cosine, caption)
+            pairs.setdefault(row.id, pair)
+    return [pairs[id] for id in sorted(pairs)]

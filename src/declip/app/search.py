@@ -102,6 +102,6 @@ def _classify(state: AppState, asked: SearchQuestion, image: Tensor | None) -> d
     softmax = torch.softmax(scale * cosines.double(), dim=0)
     rows = []
     for i in softmax.argsort(descending=True, stable=True).tolist():
-        row = {"name": names[i], "probability": float(softmax[i])}
-        rows.append({**row, "cosine": float(cosines[i])})
+        numbers = {"probability": float(softmax[i]), "cosine": float(cosines[i])}
+        rows.append({"name": names[i], **numbers})
     return {"classes": rows, "scale": scale}

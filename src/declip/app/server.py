@@ -84,21 +84,18 @@ REQUESTS: tuple[Answered, ...] = (
 def build(state: AppState, host: str) -> ASGIApp:
     """Make the application for a server that listens on `host`."""
     uploading = asyncio.Semaphore(UPLOADS_AT_ONCE)
-    requests = [
-        each for each in REQUESTS if state.captioning or not each[1].startswith("/api/caption")
-    ]
+    first = "/caption" if state.captioning else "/search"
     routes = [
-        Route(
-            "/", lambda request: RedirectResponse(f"/{'caption' if state.captioning else 'search'}")
-        ),
-        *(Route(f"/{view}", partial(_page, state, view)) for view in VIEWS),
+        Route("/", lambda request: RedirectResponse(first)),
         Mount("/static", StaticFiles(packages=[("declip.app", "static")])),
         Route("/api/images", partial(_upload, state, uploading), methods=["POST"]),
-        *(
-            Route(path, partial(_answer, state, question, answer), methods=methods.split())
-            for methods, path, question, answer in requests
-        ),
     ]
+    for view in VIEWS:
+        routes.append(Route(f"/{view}", partial(_page, state, view)))
+    for methods, path, question, answer in REQUESTS:
+        if state.captioning or not path.startswith("/api/caption"):
+            endpoint = partial(_answer, state, question, answer)
+            routes.append(Route(path, endpoint, methods=methods.split()))
     answered = (HTTPException, UserError, ValidationError, Exception)
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys(answered, _answer_error))
     return Guard(app, host)  # around everything, so that answers to failures have the headers too
@@ -144,9 +141,8 @@ def _page(state: AppState, view: str, request: Request) -> Response:
 def _examples(state: AppState) -> list[str]:
     """Captions of images at equal distances."""
     ids, captions = state.index.ids, dict[str, None]()
-    for number in range(EXAMPLES):
-        place = len(ids) * (2 * number + 1) // (2 * EXAMPLES)
-        row = state.index.row(ids[place])
+    for number in range(1, 2 * EXAMPLES, 2):
+        row = state.index.row(ids[len(ids) * number // (2 * EXAMPLES)])
         if row.captions:
             captions[printable(row.caption)[:60]] = None
     return list(captions)
@@ -184,9 +180,9 @@ def open_state(
         )
     state = AppState(index, model)
     state.text_vectors([""])  # another model than the index's is refused now
-    return (
-        state if caption is None else replace(state, captioning=captions.Captioning(state, caption))
-    )
+    if caption is None:
+        return state
+    return replace(state, captioning=captions.Captioning(state, caption))
 
 
 def take_port(host: str, port: int) -> socket.socket:

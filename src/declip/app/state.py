@@ -50,11 +50,10 @@ class AppState:
 
         Empty unless the model is a run that cross-validated at least half of the images.
         """
-        run, index = fit_folder(self.model_path), self.index
-        known = FittedRun(run).caption_ranks
-        if not known:
-            return {}
+        index, known = self.index, FittedRun(fit_folder(self.model_path)).caption_ranks
         ranks: dict[tuple[int, str], float] = {}
+        if not known:
+            return ranks
         rows = zip(index.ids.tolist(), index.keys(), index.captions(), strict=True)
         for id, key, captions in rows:
             for caption in captions:
