@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import declip
@@ -21,18 +22,22 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
 from declip.supervision import objective
+from training.starts import last, moved, quiet_train
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = {path.stem: runpy.run_path(str(path)) for path in sorted(FOLDER.glob("*.py"))}
-SMALL = {"train.steps": 3, "train.batch_size": 8, "train.log_every": 1, "train.device": "cpu"}
-SMALL |= {"data.workers": 0, "image.size": 32, "text.width": 32}
+SMALL = {
+    "train.steps": 3,
+    "train.batch_size": 8,
+    "train.lr": 0.001,
+    "train.log_every": 1,
+    "train.device": "cpu",
+}
+SMALL |= {"data.workers": 0, "image.size": 32, "text.width": 32, "text.layers": 1}
 TINY_VIT = {"train.precision": "fp32", "image.model": "declip_vit_tiny"}
 TINY_VIT |= {"image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1}}
 
-
 DOORS = {"optimizer", "augmentation", "evaluation"}  # examples that train with CLIP's loss
-
-
 NOT_TRAINING = {"heat_map", "own_encoder", "images_without_captions", "shards", "caption_neighbor"}
 
 
@@ -44,22 +49,19 @@ def test_an_example_trains_for_three_steps(name, table, tmp_path):
     assert all(row["losses"][name] > 0 for row in rows[1:])  # a queue is empty at first
 
 
+@pytest.fixture(scope="module")
+def plain(table, tmp_path_factory):
+    """A run of CLIP's loss that no example changes."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    return quiet_train("demo-clip", out, overrides=SMALL, data=str(table)).folder
+
+
 @pytest.mark.parametrize(
     ("name", "keys"), [("optimizer", {}), ("augmentation", {}), ("evaluation", {"every": 2})]
 )
-def test_an_example_changes_only_what_it_says(name, keys, table, tmp_path, capsys):
-    weights = {}
-    given = {**SMALL, "train.lr": 0.001}
-    declip.train(
-        "demo-clip", given, tmp_path / "plain", data=str(table), progress=False, report=False
-    )
-    EXAMPLES[name]["main"](str(table), str(tmp_path / "changed"), **keys, **given)
-    for out in ("plain", "changed"):
-        weights[out] = load_checkpoint(list_checkpoints(tmp_path / out)[-1]).weights
-    same = all(
-        torch.equal(weights["plain"][key], tensor) for key, tensor in weights["changed"].items()
-    )
-    assert same == (name == "evaluation")
+def test_an_example_changes_only_what_it_says(name, keys, plain, table, tmp_path, capsys):
+    EXAMPLES[name]["main"](str(table), str(tmp_path / "changed"), **keys, **SMALL)
+    assert (not moved(last(plain), last(tmp_path / "changed"))) == (name == "evaluation")
     assert ("step 2: R@1" in capsys.readouterr().out) == (name == "evaluation")
 
 
@@ -97,8 +99,8 @@ def test_a_momentum_teacher_follows_resumes_and_is_exported(table, tmp_path, cap
         shutil.rmtree(path)
     overrides = {"loss_weights": {"contrastive": 0.5, "momentum_teacher": 0.5}, **given}
     terms = {"momentum_teacher": example["MomentumTeacher"]}
-    options = {"data": str(table), "terms": terms, "progress": False, "report": False}
-    declip.train("demo-clip", overrides, tmp_path / "run", resume=True, **options)
+    options = {"overrides": overrides, "data": str(table), "terms": terms}
+    quiet_train("demo-clip", tmp_path / "run", resume=True, **options)
     again = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])
     assert again.step == 3
     assert all(torch.equal(again.training[name], each) for name, each in after.training.items())
@@ -111,21 +113,16 @@ def test_images_without_captions_train_the_weights_that_the_pairs_start_from(
         str(table.parent), str(table), str(tmp_path / "run"), **SMALL
     )
     for folder, loss in (("run-images", "simclr"), ("run", "contrastive")):
-        assert [list(row["losses"]) for row in read_rows(tmp_path / folder / "metrics.jsonl")] == [
-            [loss]
-        ] * 3
+        rows = read_rows(tmp_path / folder / "metrics.jsonl")
+        assert [list(row["losses"]) for row in rows] == [[loss]] * 3
     assert f"Weights of '{tmp_path / 'run-images'}'" in caplog.text
     assert "new: nothing" in caplog.text
 
 
 def test_shards_have_the_training_pairs_at_their_size(tmp_path, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "cache"))
-    rows = [
-        ("large.png", (300, 200), "train"),
-        ("gone.png", None, "train"),
-        ("a.png", (60, 90), "test"),
-    ]
-    rows += [("small.png", (40, 80), "train")]
+    rows = [("large.png", (300, 200), "train"), ("gone.png", None, "train")]
+    rows += [("a.png", (60, 90), "test"), ("small.png", (40, 80), "train")]
     for name, size, _ in rows:
         if size:
             Image.new("RGB", size).save(tmp_path / name)
@@ -143,11 +140,8 @@ def test_shards_have_the_training_pairs_at_their_size(tmp_path, monkeypatch):
 
 HEAT_TOWERS = {
     "declip_conv_tiny": {},
-    "swin_tiny_patch4_window7_224": {
-        "depths": [1, 1],
-        "embed_dim": 24,
-        "num_heads": [1, 2],
-    },  # channels last
+    # Channels last
+    "swin_tiny_patch4_window7_224": {"depths": [1, 1], "embed_dim": 24, "num_heads": [1, 2]},
     "vit_small_patch16_224": {"depth": 1, "global_pool": "avg", "fc_norm": False},
 }
 
@@ -189,7 +183,7 @@ def test_a_heat_map_is_drawn_over_an_image(tmp_path):
 def test_the_nearest_other_caption_equals_a_plain_loop(monkeypatch):
     nearest_captions = EXAMPLES["caption_neighbor"]["nearest_captions"]
     monkeypatch.setitem(nearest_captions.__globals__, "COSINES_AT_ONCE", 40)  # blocks of a few rows
-    features = torch.nn.functional.normalize(torch.randn(17, 4), dim=1)
+    features = F.normalize(torch.randn(17, 4), dim=1)
     same = torch.tensor([0, 0, 1, 2, 1, *range(3, 15)])
 
     def nearest(i):
@@ -200,22 +194,12 @@ def test_the_nearest_other_caption_equals_a_plain_loop(monkeypatch):
     assert nearest_captions(features[:2], same[:2]).tolist() == [0, 1], "no other caption"
 
 
-def test_neighbors_are_those_of_the_encoder(table, tmp_path):
-    encoder = declip.train(
-        "demo-clip", SMALL, tmp_path / "encoder", data=str(table), progress=False, report=False
-    ).folder
-    example = EXAMPLES["caption_neighbor"]
-    source, model = open_source(table), declip.load(encoder)
-    means = torch.stack(
-        [
-            model.encode_text(list(source[index].captions())).mean(dim=0)
-            for index in range(len(source))
-        ]
-    )
-    cosines = torch.nn.functional.cosine_similarity(
-        means[:, None], means[None], dim=2
-    ).fill_diagonal_(-1)
-    example["main"](str(table), str(tmp_path / "run"), str(encoder), **SMALL)
+def test_neighbors_are_those_of_the_encoder(plain, table, tmp_path):
+    source, model = open_source(table), declip.load(plain)
+    captions = [list(source[index].captions()) for index in range(len(source))]
+    means = torch.stack([model.encode_text(texts).mean(dim=0) for texts in captions])
+    cosines = F.cosine_similarity(means[:, None], means[None], dim=2).fill_diagonal_(-1)
+    EXAMPLES["caption_neighbor"]["main"](str(table), str(tmp_path / "run"), str(plain), **SMALL)
     state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1]).training
     prefix = "objective.terms.caption_neighbor."
     assert state[f"{prefix}neighbors"].tolist() == cosines.argmax(dim=1).tolist()
@@ -226,10 +210,9 @@ def test_neighbors_are_those_of_the_encoder(table, tmp_path):
 
 
 def test_word_classification_is_the_plain_loop():
-    token_columns, word_targets, word_cross_entropy = (
-        EXAMPLES["word_classification"][name]
-        for name in ("token_columns", "word_targets", "word_cross_entropy")
-    )
+    example = EXAMPLES["word_classification"]
+    token_columns, word_targets = example["token_columns"], example["word_targets"]
+    word_cross_entropy = example["word_cross_entropy"]
     texts = torch.tensor([[[90, 7, 3, 7, 91, 3], [90, 5, 91, 0, 0, 0]]]).repeat(2, 1, 1)
     word_ids = torch.tensor([0, 3, 5, 7])
     idf = torch.tensor([0.7, 0.1, 0.2, 0.9], dtype=torch.float64)
@@ -239,10 +222,9 @@ def test_word_classification_is_the_plain_loop():
     # Both text views together; 0 and 3 are padding behind the end
     expected_targets = [[0, 0.1, 0, 0.9], [0, 0, 1, 0]]
     for weights, views in zip(expected_targets, logits, strict=True):
-        losses += [
-            -sum(t * (x - view.logsumexp(0)) for t, x in zip(weights, view, strict=True))
-            for view in views
-        ]
+        for view in views:
+            terms = zip(weights, view - view.logsumexp(0), strict=True)
+            losses.append(-sum(weight * x for weight, x in terms))
     torch.testing.assert_close(targets, torch.tensor(expected_targets, dtype=torch.float64))
     torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-12, atol=0)
     nothing = torch.full((2, 2), 4)
@@ -251,12 +233,9 @@ def test_word_classification_is_the_plain_loop():
 
 def test_distillation_is_the_plain_loop_and_needs_no_gradient_of_the_teacher():
     relational_distillation = EXAMPLES["distillation"]["relational_distillation"]
-    rows, keys, *teacher = (
-        torch.nn.functional.normalize(
-            torch.randn(n, d, dtype=torch.float64), dim=-1
-        ).requires_grad_()
-        for n, d in ((2, 4), (3, 4), (2, 5), (3, 5))
-    )
+    shapes = (2, 4), (3, 4), (2, 5), (3, 5)
+    drawn = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+    rows, keys, *teacher = (F.normalize(each, dim=-1).requires_grad_() for each in drawn)
     found = relational_distillation((rows, keys, 3.0), (*teacher, 9.0))
     total = 0.0
     for b in range(2):
@@ -268,16 +247,12 @@ def test_distillation_is_the_plain_loop_and_needs_no_gradient_of_the_teacher():
 
 
 def test_a_loss_that_reads_pixels_sees_all_of_them_in_chunks(table, tmp_path):
-    rows = []
+    rows, given, chunks = [], {**TINY_VIT, **SMALL}, {"train.grad_cache_chunk": 3}
     teacher = str(tmp_path / "whole-teacher")
-    for name, given, keys in (
-        ("whole", None, {}),
-        ("chunks", teacher, {"train.grad_cache_chunk": 3}),
-    ):
-        EXAMPLES["distillation"]["main"](
-            str(table), str(tmp_path / name), given, **{**TINY_VIT, **SMALL, **keys}
-        )
-        rows.append(read_rows(tmp_path / name / "metrics.jsonl")[-1]["losses"])
+    for name, trained, keys in (("whole", None, {}), ("chunks", teacher, chunks)):
+        out = tmp_path / name
+        EXAMPLES["distillation"]["main"](str(table), str(out), trained, **{**given, **keys})
+        rows.append(read_rows(out / "metrics.jsonl")[-1]["losses"])
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
 
 
@@ -285,17 +260,11 @@ PLUGIN = Path(__file__).parents[2] / "examples" / "plugin"
 
 
 def test_a_plugin_is_used_by_its_names(tmp_path, command, monkeypatch):
-    words = [
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--target",
-        tmp_path / "packages",
-    ]
-    subprocess.run([sys.executable, "-m", "pip", *map(str, words), str(PLUGIN)], check=True)
-    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    packages = str(tmp_path / "packages")
+    options = ["-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", packages]
+    install = [sys.executable, "-m", "pip", "install", *options, str(PLUGIN)]
+    subprocess.run(install, check=True)
+    monkeypatch.syspath_prepend(packages)
     monkeypatch.chdir(tmp_path)
     assert "sketch" in recipe_names()
     assert load_recipe("sketch").data.source == "circles:256"
