@@ -1,4 +1,4 @@
-"""Writing the texts that the package ships: what `declip.data.tables` reads."""
+"""Writing the texts that the package ships: what `declip.data.asset_files` reads."""
 
 import lzma
 from collections.abc import Iterable

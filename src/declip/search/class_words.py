@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from declip.data.tables import read_lines
+from declip.data.asset_files import read_lines
 from declip.models.neighbors import NeighborProjection
 from declip.models.posteriors import PosteriorProjection
 from declip.recipe.starts import STARTS

@@ -3,7 +3,7 @@
 from functools import cache
 from typing import Any
 
-from declip.data.tables import read_lines
+from declip.data.asset_files import read_lines
 from declip.data.text.tokenizer import CaptionTokenizer, fix
 from declip.recipe.starts import STARTS
 

@@ -8,8 +8,8 @@ from math import sqrt
 
 import pytest
 
+from declip.data.asset_files import asset
 from declip.data.batch import IGNORED
-from declip.data.tables import asset
 from declip.data.text.augment import (
     augment,
     delete_words,

@@ -6,8 +6,8 @@ from functools import cache, lru_cache
 import numpy as np
 import regex
 
+from declip.data.asset_files import read_lines
 from declip.data.batch import IGNORED
-from declip.data.tables import read_lines
 from declip.data.text.tokenizer import CaptionTokenizer
 
 # Shares of the chosen tokens that become the mask, or another word, as in BERT

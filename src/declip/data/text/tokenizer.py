@@ -16,7 +16,7 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers
 
-from declip.data.tables import asset
+from declip.data.asset_files import asset
 from declip.errors import UserError
 
 _MERGES = 48_894

@@ -1,4 +1,4 @@
-"""Texts that the package ships, compressed by xz."""
+"""Files that the package ships, such as texts compressed by xz."""
 
 import lzma
 from importlib.resources import files
