@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import open_source
-from declip.data.sources.subset import training_part
+from declip.data.sources.splits import training_part
 
 
 def shrink(source: PairSource, size: int, index: int) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import declip
 from conftest import TINY, once, refuses, texture, tiny_tree, write_table
 from declip.data.columns import Columns
 from declip.data.sources.open import open_source
-from declip.data.sources.subset import PairList, read_pair_list, write_pair_list
+from declip.data.sources.pair_list import PairList, read_pair_list, write_pair_list
 from declip.finetuning import outputs
 from declip.finetuning.request import Request
 from declip.finetuning.run import Start, training_recipe

@@ -7,7 +7,7 @@ import pytest
 from conftest import refuses, texture, write_table
 from declip.data.columns import Columns
 from declip.data.sources.open import open_source
-from declip.data.sources.subset import PairList, write_pair_list
+from declip.data.sources.pair_list import PairList, write_pair_list
 from declip.inspection.scan import inspect_source
 from declip.inspection.split import check_copies, split_pairs
 

@@ -17,7 +17,7 @@ from declip.app.state import AppState
 from declip.data.pair import printable
 from declip.data.sources.names import resolve
 from declip.data.sources.open import ImageSource, open_source
-from declip.data.sources.subset import LIST_KIND, write_others
+from declip.data.sources.pair_list import LIST_KIND, write_others
 from declip.errors import UserError
 from declip.inspection.reading import components
 from declip.io.atomic import write_text

@@ -114,7 +114,7 @@ class PairSource(ABC):
     name: str
     credit: str = ""  # a sentence that a license asks for wherever an image is shown
     # Numbers of all pairs, (n,) int64: "label", its index in `class_names`; "group", equal for pairs that show the same
-    # thing, 0 if unknown; "split", see `declip.data.sources.subset.SPLITS`
+    # thing, 0 if unknown; "split", see `declip.data.sources.splits.SPLITS`
     columns: Mapping[str, np.ndarray] = MappingProxyType({})
     class_names: Sequence[str] | None = None
     # Functions that open other splits of this dataset, such as "train" for a linear probe.

@@ -25,7 +25,8 @@ from declip.data.sources.folder import FileList
 from declip.data.sources.header import CAPTION_NAMES, Header
 from declip.data.sources.python_items import ItemSource
 from declip.data.sources.rows import by_lower_name, cell_name, label_names
-from declip.data.sources.subset import SPLITS, Subset, splits_of
+from declip.data.sources.splits import SPLITS, splits_of
+from declip.data.sources.subset import Subset
 from declip.data.sources.table import TableSource, open_rows
 from declip.errors import UserError, unknown
 from declip.evaluation.results import sample_per_class

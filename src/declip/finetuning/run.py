@@ -12,8 +12,10 @@ from declip.data.pair import PairSource
 from declip.data.sources.checks import caption_warnings
 from declip.data.sources.names import absolute
 from declip.data.sources.open import NO_SOURCES, Sources, held_out_sets, name_sources, open_source
+from declip.data.sources.pair_list import LIST_KIND, Lists, read_pair_list
 from declip.data.sources.python_items import Items
-from declip.data.sources.subset import LIST_KIND, Lists, Subset, read_pair_list, splits_of
+from declip.data.sources.splits import splits_of
+from declip.data.sources.subset import Subset
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.held_out import HeldOutSets

@@ -8,7 +8,9 @@ from declip.data.columns import Columns
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.names import is_url
 from declip.data.sources.open import Sources, open_source
-from declip.data.sources.subset import NO_LISTS, Lists, Subset, list_of, splits_of, training_part
+from declip.data.sources.pair_list import NO_LISTS, Lists, list_of
+from declip.data.sources.splits import splits_of, training_part
+from declip.data.sources.subset import Subset
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset
 from declip.evaluation.held_out import HeldOutSets

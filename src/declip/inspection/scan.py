@@ -16,7 +16,7 @@ from declip.data.columns import DEFAULT, Columns
 from declip.data.images.thumbnails import shrink
 from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.open import ImageSource, open_source
-from declip.data.sources.subset import splits_of
+from declip.data.sources.splits import splits_of
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
 from declip.evaluation.results import Measure

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from declip.data.pair import PairSource
-from declip.data.sources.subset import Subset, groups_of, splits_of, training_part
+from declip.data.sources.splits import splits_of, training_part
+from declip.data.sources.subset import Subset, groups_of
 from declip.errors import UserError
 from declip.inspection.reading import (
     ReadPairs,

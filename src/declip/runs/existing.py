@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from declip.data.pair import printable
-from declip.data.sources.subset import LIST_KIND, read_pair_list
+from declip.data.sources.pair_list import LIST_KIND, read_pair_list
 from declip.errors import UserError
 from declip.io.outputs import check_folder
 from declip.recipe.load import load_recipe

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from declip.data.sources.subset import NO_LISTS, Lists, write_pair_list
+from declip.data.sources.pair_list import NO_LISTS, Lists, write_pair_list
 from declip.errors import UserError
 from declip.evaluation.results import Result, read_result
 from declip.io.atomic import write_text

@@ -10,7 +10,7 @@ from declip.data.loader import Assembler, Augment, PairLoader
 from declip.data.pair import PairSource
 from declip.data.plan import plan_views
 from declip.data.sources.checks import refuse_broken
-from declip.data.sources.subset import Lists
+from declip.data.sources.pair_list import Lists
 from declip.errors import UserError
 from declip.evaluation.held_out import HeldOutSets
 from declip.io.pool import cores

@@ -10,14 +10,9 @@ from declip.data.pair import BrokenPair, PairSource
 from declip.data.sources.checks import evenly_spaced
 from declip.data.sources.names import absolute
 from declip.data.sources.open import NO_SOURCES, Sources, open_source
-from declip.data.sources.subset import (
-    LIST_KIND,
-    Joined,
-    read_pair_list,
-    splits_of,
-    take,
-    training_part,
-)
+from declip.data.sources.pair_list import LIST_KIND, read_pair_list
+from declip.data.sources.splits import splits_of, training_part
+from declip.data.sources.subset import Joined, take
 from declip.errors import UserError
 from declip.evaluation.datasets import Dataset, with_classes
 from declip.evaluation.held_out import HeldOutSets

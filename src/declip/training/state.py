@@ -17,7 +17,7 @@ import declip
 from declip.data.loader import Augment, PairLoader
 from declip.data.pair import PairSource, SkipCounter
 from declip.data.sources.open import NO_SOURCES, Sources
-from declip.data.sources.subset import NO_LISTS, Lists
+from declip.data.sources.pair_list import NO_LISTS, Lists
 from declip.errors import UserError
 from declip.evaluation.held_out import HeldOutSets
 from declip.evaluation.results import Result, RetrievalResult, ZeroShotResult

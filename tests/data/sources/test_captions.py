@@ -11,7 +11,7 @@ from data.fakes import KINDS, write
 from declip.data.columns import Columns
 from declip.data.pair import BrokenPair
 from declip.data.sources.open import open_source
-from declip.data.sources.subset import list_of, read_pair_list, write_pair_list
+from declip.data.sources.pair_list import list_of, read_pair_list, write_pair_list
 from declip.recipe.load import load_recipe, parse_overrides
 
 NAMES = ("image", "caption", "Größe", "kind")

@@ -12,7 +12,8 @@ from conftest import TINY, refuses, tiny_tree
 from data.fakes import KINDS, write, write_shards
 from declip.data.sources.open import open_source
 from declip.data.sources.shards import ShardSource
-from declip.data.sources.subset import Subset, groups_of, splits_of, take, training_part
+from declip.data.sources.splits import splits_of, training_part
+from declip.data.sources.subset import Subset, groups_of, take
 from declip.evaluation.datasets import open_dataset
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.load import load_recipe

@@ -16,7 +16,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from declip.data.images.decode import DAMAGE, EXTENSIONS, check_file, image_below, open_header
 from declip.data.pair import LONGEST_CAPTION, BrokenPair, OnDemand, clean_captions, on_one_line
 from declip.data.sources.entry import EntrySource
-from declip.data.sources.subset import UNKNOWN, split_number
+from declip.data.sources.splits import UNKNOWN, split_number
 from declip.errors import UserError
 
 LARGEST = 1 << 20  # bytes of XMP: titles and keywords take a few thousand

@@ -11,9 +11,9 @@ from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import BrokenPair, Origin, Pair, PairSource, is_unicode, raise_broken
 from declip.data.sources.folder import FolderSource
 from declip.data.sources.names import holds, names_shards
+from declip.data.sources.pair_list import LIST_KIND, read_pair_list
 from declip.data.sources.python_items import PREFIX, Items, ItemSource
 from declip.data.sources.shards import ShardSource
-from declip.data.sources.subset import LIST_KIND, read_pair_list
 from declip.data.sources.table import TABLE_KINDS, TableSource, find_table
 from declip.errors import UserError, unknown
 from declip.io.plugins import BUILTIN, check_sets_installed, load_plugin, plugins

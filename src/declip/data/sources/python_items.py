@@ -17,7 +17,7 @@ from declip.data.pair import BrokenPair, OnDemand, Pair, printable
 from declip.data.sources.entry import EntrySource
 from declip.data.sources.header import Captions, find_columns, read_captions
 from declip.data.sources.rows import by_lower_name, cell_name, class_name, label_text
-from declip.data.sources.subset import COLUMN, NUMBER_OF, group_number, split_numbers
+from declip.data.sources.splits import COLUMN, NUMBER_OF, group_number, split_numbers
 from declip.errors import UserError
 
 PREFIX = "python:"  # of the name of an object in a recipe, which cannot be opened from there

@@ -30,7 +30,7 @@ from declip.data.sources.rows import (
     label_names,
     label_text,
 )
-from declip.data.sources.subset import (
+from declip.data.sources.splits import (
     COLUMN,
     UNKNOWN,
     UNREADABLE,
