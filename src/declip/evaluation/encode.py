@@ -229,7 +229,8 @@ def encode_batches(
     size = max(map(len, batches), default=1) if pinned else READ_AT_ONCE
     parts = []
     for batch in batches:
-        parts += [batch[start : start + size] for start in range(0, len(batch), size)]
+        for start in range(0, len(batch), size):
+            parts.append(batch[start : start + size])
     title = f"Images of {source.name}" if progress else ""
     read_part = partial(read_images, model.preprocessor, partial(read, source))
     stream = parallel_map(read_part, parts, workers, title, pinned)

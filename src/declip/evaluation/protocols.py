@@ -138,7 +138,8 @@ class SharedFeatures:
             for n in options.shots
         }
         encode, width = joint_encoder(self.model)
-        used = np.flatnonzero(np.any([*chain(*draws.values())], axis=0))
+        every_draw = list(chain(*draws.values()))
+        used = np.flatnonzero(np.any(every_draw, axis=0))
         seen = self._encode(train, encode=encode, texts=False, indices=used)
         tested = self._encode(test, encode=encode, texts=False)
         templates = read_templates(options.templates or self.dataset.templates)[1]
@@ -266,10 +267,12 @@ def evaluate_suite(
         raise UserError(
             f"No dataset of paper11 in '{root}' could be evaluated. " + " ".join(missing.values())
         )
-    rows = {
-        name: {"metric": NAMED[name].metric, **result.to_dict()} for name, result in results.items()
-    }
-    values = {name: row[row["metric"]] for name, row in rows.items()}
+    rows = dict[str, dict[str, Any]]()
+    values = dict[str, float]()
+    for name, result in results.items():
+        metric = NAMED[name].metric
+        rows[name] = {"metric": metric, **result.to_dict()}
+        values[name] = rows[name][metric]
     summary = {
         "task": task,
         "average": fmean(values.values()),

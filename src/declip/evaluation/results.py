@@ -37,7 +37,8 @@ class Measure(NamedTuple):
         p = self.value
         scale = 1 + z * z / n
         middle = (p + z * z / (2 * n)) / scale
-        half = z / scale * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        variance = p * (1 - p) / n + z * z / (4 * n * n)
+        half = z / scale * sqrt(variance)
         return middle - half, middle + half
 
 

@@ -202,7 +202,9 @@ def curve_chart(study: Study, curves: Curves, measure: str, chance: float) -> Ch
         over_pairs(ax, pairs)
         unit = measure.rpartition(": ")[2]
         ax.set(xlabel="distinct pairs", ylabel=f"{unit}, %", ylim=(0, 100 * top))
-        ax.set_xlim(np.exp(logs[0] - margin), np.exp(logs[-1] + margin))
+        left = np.exp(logs[0] - margin)
+        right = np.exp(logs[-1] + margin)
+        ax.set_xlim(left, right)
         ax.axhline(100 * chance, **CHANCE)
         for name, curve in shown.items():
             number = names.index(name)

@@ -61,7 +61,8 @@ def sentences(inspection: Inspection) -> list[tuple[Finding, str, str]]:
 def tables(it: Inspection) -> dict[str, Table]:
     """All tables by name; empty ones are not shown."""
     reasons = []
-    for name, row in sorted(it.reasons.items(), key=lambda reason: -reason[1]["count"]):
+    frequent_first = sorted(it.reasons.items(), key=lambda reason: -reason[1]["count"])
+    for name, row in frequent_first:
         reasons.append((name, f"{row['count']:,}", _keys(row["examples"], row["count"])))
     leaks = []
     for leak in it.leakages:

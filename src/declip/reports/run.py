@@ -119,7 +119,8 @@ def loss_charts(run: Run) -> list[dict[str, Any]]:
     charts = [_curve(run, "total", "loss", "The weighted sum, which training minimizes.")]
     facts = run.examples.get("losses", {})
     weights = run.recipe.loss_weights
-    for name in dict.fromkeys(chain(*(row.get("losses", {}) for row in run.metrics))):
+    logged = [row.get("losses", {}) for row in run.metrics]
+    for name in dict.fromkeys(chain(*logged)):
         known = facts.get(name, {"title": name, "explanation": "", "chance": None})
         notes = [known["explanation"]] if known["explanation"] else []
         if name in weights:

@@ -36,9 +36,11 @@ def search_sheet(
     width = 2 * MARGIN + COLUMNS * (SIDE + GAP) - GAP
     height = 2 * MARGIN + HEAD + rows * CELL - GAP
     paper = Image.new("RGB", (width, height), PAPER)
-    pen, left = ImageDraw.Draw(paper), MARGIN
+    pen = ImageDraw.Draw(paper)
+    left = MARGIN
     path = findfont("DejaVu Sans")
-    large, small = ImageFont.truetype(path, 22), ImageFont.truetype(path, 13)
+    large = ImageFont.truetype(path, 22)
+    small = ImageFont.truetype(path, 13)
     if image is not None:
         _paste(paper, pen, image, MARGIN, MARGIN, HEAD - GAP)
         left += HEAD
@@ -83,5 +85,6 @@ def _paste(
     frame = (left - 1, top - 1, left + side, top + side)
     pen.rectangle(frame, fill="white", outline=FRAME)
     small = ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
-    across, down = (side - small.width) // 2, (side - small.height) // 2
+    across = (side - small.width) // 2
+    down = (side - small.height) // 2
     paper.paste(small, (left + across, top + down))

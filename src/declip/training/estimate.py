@@ -39,8 +39,11 @@ def estimate(recipe: Recipe, terms: Terms = NO_TERMS) -> str:
     with TemporaryDirectory() as folder:
         state = assemble(small, Path(folder) / "run", extensions=Extensions(terms=terms))
         steps = train.steps * fmean(step_seconds(state, 1, TIMED))
-        sets = map(state.held_out.test, state.held_out.tasks(state.recipe.evaluation, final=False))
-        count = 1 + (train.steps - 1) // train.evaluate_every if train.evaluate_every else 1
+        names = state.held_out.tasks(state.recipe.evaluation, final=False)
+        sets = [state.held_out.test(name) for name in names]
+        count = 1
+        if train.evaluate_every:
+            count += (train.steps - 1) // train.evaluate_every
         evaluations = count * sum(encoding_seconds(state.model, pairs) for pairs in sets)
         memory = _peak(state.model.device) / 2**30
     return (
@@ -55,7 +58,7 @@ def encoding_seconds(model: DualEncoder, pairs: PairSource) -> float:
     chosen = np.linspace(0, len(pairs) - 1, count).astype(int)
     began = time.perf_counter()
     encode_source(model, pairs, indices=chosen)
-    return (time.perf_counter() - began) * len(pairs) / len(chosen)
+    return (time.perf_counter() - began) * len(pairs) / count
 
 
 def step_seconds(state: RunState, warm: int, count: int) -> list[float]:

@@ -76,8 +76,7 @@ def view_sheet(
 def _masked(tokenizer: CaptionTokenizer, masked: Tensor, labels: Tensor) -> str:
     """Decode a corrupted caption; a token to predict is in brackets with its original: "a [mask: cat] sat"."""
     words = []
-    tokens = zip(masked[1:].tolist(), labels[1:].tolist(), strict=True)
-    for token, label in tokens:
+    for token, label in zip(masked[1:].tolist(), labels[1:].tolist(), strict=True):
         if token == tokenizer.end:
             break
         word = "mask" if token == tokenizer.mask else tokenizer.decode([token])

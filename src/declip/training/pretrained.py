@@ -94,7 +94,7 @@ def apply_pretrained(
     whole = whole and not any(name.startswith((IMAGE, TEXT)) for name in new)
     of_heads = [name for name, _ in objective.named_parameters() if name not in heads]
     new += [name.removeprefix("terms.") for name in of_heads]
-    parts = dict.fromkeys(".".join(name.split(".", 2)[:2]) for name in new)
+    parts = dict.fromkeys(_beginning(name, 2) for name in new)
     origin = recipe.text.hf_model if start is None else start.origin
     summary = (
         f"Weights of '{origin}': {len(loaded)} tensors of the towers and {len(heads)} of heads "
@@ -121,8 +121,8 @@ def _kept_tensors(
     """The tensors that a run keeps; published ones are read again by their name, unless they were resampled."""
     state = model.state_dict()
     of_heads = objective.state_dict()
-    resampled = any(tensor.shape != state[name].shape for name, tensor in start.tensors.items())
-    if not resampled and is_published(start.origin):
+    same = all(tensor.shape == state[name].shape for name, tensor in start.tensors.items())
+    if same and is_published(start.origin):
         return {}
     kept = with_prefix("model", {name: state[name].clone() for name in loaded})
     return kept | with_prefix("objective", {name: of_heads[name].clone() for name in heads})
@@ -134,15 +134,16 @@ def _load_heads(start: Weights, objective: Objective) -> set[str]:
     state = objective.state_dict()
     own = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     fits = {name for name in own if name in given and given[name].shape == own[name].shape}
-    partly = {_head_of(name) for name in own.keys() - fits}
-    heads = {name for name in fits if _head_of(name) not in partly}
+    # A head is terms.LOSS.HEAD
+    partly = {_beginning(name, 3) for name in own.keys() - fits}
+    heads = {name for name in fits if _beginning(name, 3) not in partly}
     objective.load_state_dict({name: given[name] for name in heads}, strict=False)
     return heads
 
 
-def _head_of(name: str) -> str:
-    """The first three parts of a tensor's name: terms.LOSS.HEAD."""
-    return ".".join(name.split(".", 3)[:3])
+def _beginning(name: str, parts: int) -> str:
+    """The first parts of a tensor's name."""
+    return ".".join(name.split(".")[:parts])
 
 
 def _freeze(
