@@ -1,7 +1,7 @@
 """Classify images by the names of classes, by example images, or by a classifier that was fitted to both."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from glob import glob
@@ -192,7 +192,8 @@ class Classifier:
         try:
             with safe_open(path, "pt") as file:
                 stored = _Stored.model_validate_json((file.metadata() or {})[KEY])
-                weight, center = (file.get_tensor(name).float() for name in ("weight", "center"))
+                weight = file.get_tensor("weight").float()
+                center = file.get_tensor("center").float()
             count, columns = weight.shape
             finite = bool(weight.isfinite().all() and center.isfinite().all())
             fits = stored.width <= columns and center.shape == (columns,)
@@ -203,10 +204,11 @@ class Classifier:
                 f"'{path}' is not a head of declip classify: {one_line(error, 200)}."
             ) from error
         mixture = {FewShotForm(*form): factor for *form, factor in stored.mixture}
-        accuracy = stored.accuracy and Measure(
-            "examples", stored.accuracy[0], 1 / count, stored.accuracy[1]
-        )
-        measured = (accuracy or None, stored.shots, stored.unmeasured)
+        accuracy = None
+        if stored.accuracy is not None:
+            value, n = stored.accuracy
+            accuracy = Measure("examples", value, 1 / count, n)
+        measured = (accuracy, stored.shots, stored.unmeasured)
         head = FewShotHead(weight, center, stored.width, mixture, *measured)
         return cls(stored.classes, stored.counts, head, stored.model, SkipCounter())
 
@@ -268,6 +270,15 @@ class Prediction:
     best: str
     probability: float
     probabilities: dict[str, float]
+
+    def cells(self) -> list[str]:
+        """The row of a table."""
+        numbers = (self.probability, *self.probabilities.values())
+        return [
+            plain_cell(self.image),
+            plain_cell(self.best),
+            *(f"{number:.6g}" for number in numbers),
+        ]
 
 
 @dataclass
@@ -335,13 +346,14 @@ def classify(
     source = _open(images, replace(columns, caption=None, group=None))
     path = None if out is None else csv_path(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
-    workers = workers or (None if isinstance(images, str | Path) and workers is None else 0)
+    if workers is None and not isinstance(images, str | Path):
+        workers = 0  # the object may not work in another process
     encoder = loaded(model, device, precision)
     # --- scores of classes
-    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     if examples is not None:
-        table: dict[str, Any] = {"label_column": label_column, "columns": columns}
-        classifier = Classifier.fit(encoder, names, examples, templates=prompts, **table, **options)
+        options: dict[str, Any] = {"label_column": label_column, "columns": columns}
+        options |= {"batch_size": batch_size, "workers": workers, "progress": progress}
+        classifier = Classifier.fit(encoder, names, examples, templates=prompts, **options)
     known, encode, score = _scorer(encoder, classifier, names, prompts, batch_size)
     result = Classification(dict.fromkeys(known, 0), classifier=classifier)
     # --- classify and write batch by batch; the table appears complete or not at all
@@ -349,50 +361,38 @@ def classify(
     batches = [numbers[start : start + batch_size] for start in numbers[::batch_size]]
     stream = encode_batches(encoder, source, _read, batches, workers, progress, encode)
     header = (*CLASSIFIED, *map(plain_cell, known))
-    with nullcontext() if path is None else csv_table(path, header, overwrite) as rows:
-        _collect(_predictions(stream, known, score, result.skipped), result, rows, on_prediction)
+    with nullcontext() if path is None else csv_table(path, header, overwrite) as table:
+        for vectors, keys, broken in stream:
+            result.skipped.merge(broken)
+            for prediction in _predictions(keys, known, vectors, score):
+                result.counts[prediction.best] += 1
+                if table is not None:
+                    table.writerow(prediction.cells())
+                if on_prediction is not None:
+                    on_prediction(prediction)
+                elif table is None:
+                    result.predictions.append(prediction)
+        if not any(result.counts.values()):
+            raise UserError(
+                f"None of the {result.skipped.total:,} images can be used: {result.skipped.explanation()}"
+            )
     return result
 
 
-def _collect(
-    predictions: Iterable[Prediction],
-    result: Classification,
-    table: Any,
-    on_prediction: Callable[[Prediction], object] | None,
-) -> None:
-    """Count predictions, and write them to a table, pass them to a function, or keep them in the result."""
-    for prediction in predictions:
-        result.counts[prediction.best] += 1
-        if table is not None:
-            numbers = prediction.probability, *prediction.probabilities.values()
-            names = map(plain_cell, (prediction.image, prediction.best))
-            table.writerow([*names, *(f"{number:.6g}" for number in numbers)])
-        if on_prediction is not None:
-            on_prediction(prediction)
-        elif table is None:
-            result.predictions.append(prediction)
-    if not any(result.counts.values()):
-        raise UserError(
-            f"None of the {result.skipped.total:,} images can be used: {result.skipped.explanation()}"
-        )
-
-
 def _predictions(
-    stream: Iterable[tuple[Tensor, list[str], SkipCounter]],
-    names: Sequence[str],
+    keys: Sequence[str],
+    classes: Sequence[str],
+    vectors: Tensor,
     score: Callable[[Tensor], Tensor],
-    skipped: SkipCounter,
 ) -> Iterator[Prediction]:
-    """The predictions of batches of vectors (n, d); counts broken images in `skipped`."""
-    for vectors, keys, broken in stream:
-        skipped.merge(broken)
-        if not keys:
-            continue
-        softmax = score(vectors).double().softmax(dim=1)  # (n, C)
-        for key, own in zip(keys, softmax.tolist(), strict=True):
-            probabilities = dict(zip(names, own, strict=True))
-            best = max(probabilities, key=probabilities.__getitem__)
-            yield Prediction(key, best, probabilities[best], probabilities)
+    """The predictions of images by their vectors (n, d)."""
+    if not keys:
+        return
+    softmax = score(vectors).double().softmax(dim=1)  # (n, C)
+    for key, own in zip(keys, softmax.tolist(), strict=True):
+        probabilities = dict(zip(classes, own, strict=True))
+        best = max(probabilities, key=probabilities.__getitem__)
+        yield Prediction(key, best, probabilities[best], probabilities)
 
 
 def _scorer(

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,7 @@ class Index:
     @cached_property
     def model(self) -> Encoder:
         """The model that made the index; raises `UserError` if it cannot be loaded, or is another one."""
-        made_by = self.info.model
-        path = made_by.locate(self.folder) if self._model_given is None else self._model_given
+        made_by, path = self.info.model, self._model_path()
         model = loaded(path, self._device, self._precision)
         given = describe_model(model, path, self.folder)
         if given.fingerprint != made_by.fingerprint:
@@ -153,15 +152,20 @@ class Index:
     @cached_property
     def text_model(self) -> Encoder:
         """The model to encode texts with: without its image tower, if that would have to be loaded first."""
+        is_loaded = "model" in vars(self) or not isinstance(self._model_given, str | Path | None)
+        read = None if is_loaded else read_text(self._model_path())
+        if read is None:
+            return self.model
+        weights, tensors = read
+        model = weights.build().to(pick_device(self._device)).eval()
+        if fingerprint(model, tensors) != self.info.model.fingerprint:
+            return self.model  # refuses another model, with the difference
+        return convert(model, self._precision)
+
+    def _model_path(self) -> Any:
+        """What was given as the model, by default the path in index.json."""
         given = self._model_given
-        if "model" not in vars(self) and isinstance(given, str | Path | None):
-            read = read_text(self.info.model.locate(self.folder) if given is None else given)
-            if read is not None:
-                weights, tensors = read
-                model = weights.build().to(pick_device(self._device)).eval()
-                if fingerprint(model, tensors) == self.info.model.fingerprint:
-                    return convert(model, self._precision)
-        return self.model  # refuses another model, with the difference
+        return self.info.model.locate(self.folder) if given is None else given
 
     def query(
         self,
@@ -244,19 +248,20 @@ class Index:
         scores = products(query[None], vectors)[0]  # (n,)
         if over == "captions":
             scores.masked_fill_(~vectors.any(1), -torch.inf)
-        order = scores.argsort(descending=True, stable=True)
-        order = order[: int(scores.isfinite().sum())]
+        scores, order = scores.sort(descending=True, stable=True)
+        ranking = ids[order[: int(scores.isfinite().sum())]]
         # --- near copies, and images of one group, as one hit
-        ranked, images = ids[order], torch.from_numpy(self._store.matrix("images"))
+        images = torch.from_numpy(self._store.matrix("images"))
         limit = NO_COPY if copies else near_copy(images)
-        found = distinct(ranked, images, k, groups, limit)
-        firsts = self.rows(ranked[[hit[0] for hit in found]].numpy())
-        others = [position for hit in found for position in hit[1:]]
-        keys = iter(self._store.keys(ranked[others].numpy()))
+        found = distinct(ranking, images, k, groups, limit)
+        # --- the first image of each hit, and the keys of the others
+        firsts = [positions[0] for positions in found]
+        others = list(chain.from_iterable(positions[1:] for positions in found))
+        keys = iter(self._store.keys(ranking[others].numpy()))
         hits = []
-        for positions, row in zip(found, firsts, strict=True):
-            score = float(scores[order[positions[0]]])
+        for positions, row in zip(found, self.rows(ranking[firsts].numpy()), strict=True):
             alike = tuple(islice(keys, len(positions) - 1))
+            score = float(scores[positions[0]])
             hits.append(Hit(**vars(row), score=score, copies=alike))
         return hits
 
@@ -329,11 +334,8 @@ class Index:
         Its image is encoded again, as an index has vectors alone. For built-in starts, whose classes
         are named, and folders of `declip finetune`, whose pairs are named by their captions.
         """
-        explained = []
         found = self.resembled(text, [hit.id for hit in hits], count)
-        for hit, names in zip(hits, found, strict=True):
-            explained.append(replace(hit, resembles=names))
-        return explained
+        return [replace(hit, resembles=names) for hit, names in zip(hits, found, strict=True)]
 
     def resembled(self, text: str, ids: Sequence[int], count: int = 3) -> list[tuple[str, ...]]:
         """As `explain`, of images by their ids."""
@@ -380,7 +382,7 @@ class Index:
         counts = pc.list_value_length(self._store.column("captions"))
         if uncaptioned := counts.to_pylist().count(0):
             lines.append(f"Without caption: {uncaptioned:,}")
-        return "\n".join([*lines, f"Files: {', '.join(map(str, self._store.files))}"])
+        return "\n".join([*lines, f"Files: {', '.join(map(str, files))}"])
 
     @cached_property
     def _source(self) -> ImageSource:
@@ -397,10 +399,8 @@ class Index:
     @cached_property
     def _indices(self) -> dict[str, int]:
         """The first index of each key in the current source."""
-        indices = dict[str, int]()
-        for index in range(len(self._source)):
-            indices.setdefault(self._source[index].key, index)
-        return indices
+        backwards = reversed(range(len(self._source)))
+        return {self._source[index].key: index for index in backwards}
 
 
 def products(queries: Tensor, vectors: Tensor) -> Tensor:
