@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import tarfile
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from conftest import encoded, refuses
+from conftest import encoded, refuses, write_rows
 from declip.data.images.views import ViewTransform
 from declip.data.loader import Assembler, PairLoader
 from declip.data.pair import BrokenPair, Pair, PairSource
@@ -52,10 +53,8 @@ class Noise(PairSource):
         return Pair.of(f"pair-{index}", Image.fromarray(noise), self.said(index))
 
     def said(self, index):
-        return tuple(
-            f"{index} {word} of a small dog under the green tree by night"
-            for word in ("photo", "sketch")
-        )
+        end = "of a small dog under the green tree by night"
+        return f"{index} photo {end}", f"{index} sketch {end}"
 
 
 class Words:
@@ -68,10 +67,7 @@ class Words:
         self.context, self.word_of = context, {}
 
     def encode(self, text):
-        ids = [
-            1 + sum(31**place * ord(c) for place, c in enumerate(word)) % 4999
-            for word in text.split()
-        ]
+        ids = [1 + zlib.crc32(word.encode()) % 4999 for word in text.split()]
         self.word_of |= dict(zip(ids, text.split(), strict=True))
         return [self.start, *ids[: self.context - 2], self.end]
 
@@ -112,18 +108,14 @@ KINDS = ["jsonl", "csv", "tsv", "parquet"]
 def write(path, rows, names=("image", "caption")):
     """Write rows in the format of the path's extension."""
     if path.suffix == ".jsonl":
-        path.write_text(
-            "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
-        )
-    elif path.suffix == ".parquet":
-        pq.write_table(
-            pa.table({name: [row[place] for row in rows] for place, name in enumerate(names)}), path
-        )
+        return write_rows(path, [dict(zip(names, row, strict=True)) for row in rows])
+    if path.suffix == ".parquet":
+        columns = {name: [row[place] for row in rows] for place, name in enumerate(names)}
+        pq.write_table(pa.table(columns), path)
     else:
         with path.open("w", newline="") as file:
-            csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t").writerows(
-                [names, *rows]
-            )
+            table = csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t")
+            table.writerows([names, *rows])
     return path
 
 

@@ -76,16 +76,16 @@ SOURCES = {
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-@pytest.mark.parametrize("buffer", [None, 8])
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize(
+    ("kind", "buffer"),
+    [("pairs", None), ("shards", 8), ("joined", None), ("joined", 8), ("part", 8)],
+)
 def test_any_number_of_workers_and_any_start_give_the_same_batches(shard_folder, kind, buffer):
     source, options = SOURCES[kind](str(shard_folder)), {"batch_size": 4, "shuffle_buffer": buffer}
     alone = make(source, **options, max_broken_fraction=1.0)
     whole = first_of(alone, 10)
-    assert (
-        len({tag for batch in whole for tag in batch.sample_ids.tolist()})
-        == 40 - alone.skipped.total
-    )
+    samples = torch.cat([batch.sample_ids for batch in whole])
+    assert len(samples.unique()) == 40 - alone.skipped.total
     assert (kind == "pairs") == (alone.skipped.total > 0)
     for start, workers in ((5, 0), (2, 3)):
         again = make(pickle.loads(pickle.dumps(source)), step=start, workers=workers, **options)
@@ -97,19 +97,13 @@ def test_a_pair_is_drawn_again_each_epoch_and_by_each_seed():
     first, second = (first_of(make(batch_size=PAIRS, step=step), 1)[0] for step in (0, 1))
     third = first_of(make(batch_size=PAIRS, seed=4), 1)[0]
     for other in (second, third):
-        rows = [(batch.sample_ids % PAIRS).argsort() for batch in (first, other)]
+        here, there = ((batch.sample_ids % PAIRS).argsort() for batch in (first, other))
         for name in ("first", "second"):
-            one, two = (
-                batch.views[name].pixels[row]
-                for batch, row in zip((first, other), rows, strict=True)
-            )
-            assert (one != two).flatten(1).any(-1).float().mean() > 0.9
-            hues = [
-                b.views[name].photometric[row, 3]
-                for b, row in zip((first, other), rows, strict=True)
-            ]
-            assert (hues[0] != hues[1]).all()
-        assert (first.masked[rows[0]] != other.masked[rows[1]]).any()
+            one, two = first.views[name], other.views[name]
+            changed = (one.pixels[here] != two.pixels[there]).flatten(1).any(-1)
+            assert changed.float().mean() > 0.9
+            assert (one.photometric[here, 3] != two.photometric[there, 3]).all(), "the hue"
+        assert (first.masked[here] != other.masked[there]).any()
     both = [first.views[name].pixels for name in ("first", "second")]
     assert (both[0] != both[1]).flatten(1).any(-1).float().mean() > 0.9
 
@@ -142,21 +136,18 @@ def test_the_mask_is_of_the_caption_view():
 
 def _said(loader, epochs=5):
     """Both texts of each pair in some epochs."""
-    assembler = loader.assembler
-    samples = (
-        assembler.sample(index, epoch)
-        for epoch, index in itertools.product(range(epochs), range(PAIRS))
-    )
-    return [tuple(map(assembler.tokenizer.decode, sample.rows)) for sample in samples]
+    assembler, said = loader.assembler, []
+    for epoch, index in itertools.product(range(epochs), range(PAIRS)):
+        rows = assembler.sample(index, epoch).rows
+        said.append(tuple(map(assembler.tokenizer.decode, rows)))
+    return said
 
 
 def test_one_caption_is_drawn_each_time_and_its_augmentation_is_of_the_same_one():
     loader = make()
     said = _said(loader, 20)
-    assert all(
-        caption in loader.assembler.source[tag % PAIRS].captions()
-        for tag, (caption, _) in enumerate(said)
-    )
+    for tag, (caption, _) in enumerate(said):
+        assert caption in loader.assembler.source[tag % PAIRS].captions()
     assert binomtest(sum("photo" in caption for caption, _ in said), len(said), 0.5).pvalue > 1e-4
     assert sum(caption != other for caption, other in said) > 0.5 * len(said)
     assert not any("photo" in caption and "sketch" in other for caption, other in said)
@@ -339,10 +330,8 @@ def test_every_pair_comes_once_an_epoch_in_another_order(source, buffer):
     orders = [epoch_of(order, epoch) for epoch in range(2)]
     assert all(sorted(each.tolist()) == list(range(len(source))) for each in orders)
     assert (orders[0] != orders[1]).mean() > 0.9
-    assert (
-        steps(order, 0, order.steps_per_epoch).tolist()
-        == orders[0][: order.steps_per_epoch * 8].tolist()
-    )
+    taken = steps(order, 0, order.steps_per_epoch)
+    assert taken.tolist() == orders[0][: order.steps_per_epoch * 8].tolist()
 
 
 def test_a_stretch_of_steps_touches_the_shards_of_a_group_only():
@@ -387,18 +376,17 @@ def test_an_epoch_shows_each_pair_of_a_source_as_often_as_the_source_is_given(bu
     assert (len(joined), order.steps_per_epoch) == (300, 300 // 8)
     for epoch in range(3):
         shown = Counter(read_text(joined, index) for index in epoch_of(order, epoch).tolist())
-        assert shown == {
-            f"{part.name} {i}": 1 + (part.name == "a") for part in PARTS for i in range(len(part))
-        }
+        assert len(shown) == 200
+        assert all(count == 1 + name.startswith("a") for name, count in shown.items())
 
 
 def test_shards_of_joined_sources_come_in_one_random_order():
     joined = Joined([Numbers(9000, [900] * 10, name="a"), Numbers(8000, name="b")])
     order = Order(joined, 100, 5, 2000)
-    shares = [
-        sum(read_text(joined, i).startswith("b") for i in steps(order, s, s + 20).tolist())
-        for s in range(0, 160, 20)
-    ]
+    shares = []
+    for first in range(0, 160, 20):
+        indices = steps(order, first, first + 20).tolist()
+        shares.append(sum(read_text(joined, index).startswith("b") for index in indices))
     assert len({*shares}) > 1
     assert 0.2 < np.mean(shares) / 2000 < 0.8
 

@@ -24,13 +24,8 @@ from declip.data.sources.table import TableSource
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_bad_row_leaves_the_others(folder, kind):
     (folder / "text.jpg").write_text("I am text")
-    rows = [
-        ("a.png", "x" * 100_000),
-        ("none.png", "gone"),
-        ("text.jpg", "words"),
-        ("b.png", " "),
-        ("", "no path"),
-    ]
+    rows = [("a.png", "x" * 100_000), ("none.png", "gone"), ("text.jpg", "words")]
+    rows += [("b.png", " "), ("", "no path")]
     source = TableSource(write(folder / f"t.{kind}", [*rows, ("c.png", "good")]))
     assert [reason_of(source, index) for index in range(5)] == [
         "caption too long", "missing image", "unreadable image", "empty caption", "missing image",
@@ -62,15 +57,13 @@ def test_usual_names_are_found_where_no_other_is_given():
 def test_a_guess_among_several_columns_of_captions_is_said_once(
     folder, caplog, monkeypatch, names, unused
 ):
-    path = write(
-        folder / f"{len(names)}{names[0]}.csv", [("a.png", *"xyz"[: len(names)])], ("image", *names)
-    )
+    row = ("a.png", *"xyz"[: len(names)])
+    path = write(folder / f"{len(names)}{names[0]}.csv", [row], ("image", *names))
     monkeypatch.chdir(folder)
     assert [open_source(each)[0].captions() for each in (path, path.name)] == [("x",)] * 2
     said = [record.getMessage() for record in caplog.records]
-    assert [unused in each and "data.columns.caption" in each for each in said] == [True] * bool(
-        unused
-    )
+    assert len(said) == bool(unused)
+    assert all(unused in each and "data.columns.caption" in each for each in said)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,15 +76,8 @@ def test_tables_with_nothing_in_them(folder, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_one_image_are_one_pair(folder, kind):
-    rows = [
-        "b.png|first",
-        "|lost",
-        "a.png|second",
-        "b.png|third",
-        "b.png|first",
-        "a.png| ",
-        "|lost too",
-    ]
+    rows = ["b.png|first", "|lost", "a.png|second", "b.png|third", "b.png|first"]
+    rows += ["a.png| ", "|lost too"]
     source = TableSource(write(folder / f"t.{kind}", [tuple(row.split("|")) for row in rows]))
     merged = [("first", "third"), ("lost",), ("second",), ("lost too",)]
     assert [source[i].captions() for i in range(len(source))] == merged
@@ -105,47 +91,37 @@ def test_rows_of_one_image_are_one_pair(folder, kind):
 def test_jsonl_rows_are_found_across_blank_lines(folder):
     rows = [{"image": f"{i}.png", "caption": f"n {i}" + "é" * i} for i in range(20)]
     text = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (folder / "t.jsonl").write_text(
-        text.replace("\n\n", "\r\n\n  \t \n\r\r\n", 3), encoding="utf-8"
-    )
+    blank = text.replace("\n\n", "\r\n\n  \t \n\r\r\n", 3)
+    (folder / "t.jsonl").write_text(blank, encoding="utf-8")
     source = TableSource(folder / "t.jsonl")
     assert [source[i].captions()[0] for i in range(len(source))] == [row["caption"] for row in rows]
 
 
 def test_a_row_too_long_to_hold_breaks_alone_and_files_may_be_appended(folder, monkeypatch):
     monkeypatch.setattr("declip.data.sources.rows.LONGEST_ROW", 1000)
+    quoted = 'b.png,"' + "long, " * 300 + '"'
+    line, long_line = '{{"image": "{}.png", "caption": "x"}}', json.dumps({"image": "b.png" * 300})
     for kind, head, row, long in (
-        ("csv", "image,caption\n", "{}.png,x", 'b.png,"' + "long, " * 300 + '"'),
-        (
-            "jsonl",
-            "",
-            '{{"image": "{}.png", "caption": "x"}}',
-            json.dumps({"image": "b.png" * 300}),
-        ),
+        ("csv", "image,caption\n", "{}.png,x", quoted),
+        ("jsonl", "", line, long_line),
     ):
         text = f"\ufeff{head}{row.format('a')}\n{long}\n\ufeff{row.format('c')}\n"
         (folder / f"t.{kind}").write_text(text, encoding="utf-8")
         source = open_source(folder / f"t.{kind}")
-        assert (source[0].key, reason_of(source, 1), source[2].key) == (
-            "a.png",
-            "unreadable row",
-            "c.png",
-        )
+        assert (source[0].key, source[2].key) == ("a.png", "c.png")
+        assert reason_of(source, 1) == "unreadable row"
 
 
 def test_the_authors_list_reads_as_it_is(folder, monkeypatch):
-    lines = [
-        {"filename": f"{name}.png", "caption": f"a {name}", "url": "http://x"} for name in "abc"
-    ]
+    about = {"url": "http://x"}
+    lines = [{"filename": f"{name}.png", "caption": f"a {name}", **about} for name in "abc"]
     (folder / "lists").mkdir()
     (folder / "lists/yfcc15m.json").write_text("\n".join(json.dumps(line) for line in lines))
     source = open_source(folder / "lists/yfcc15m.json", Columns(root=folder))
     assert (len(source), source[2].key, source[2].captions()) == (3, "c.png", ("a c",))
     monkeypatch.chdir(folder.parent)
-    (folder / "absolute.csv").write_text(
-        f"image,caption\n{folder}/a.png,a\n{folder.parent}/a.png,b\n"
-    )
-    whole = open_source(folder / "absolute.csv", Columns(root=folder.name))
+    rows = [(f"{folder}/a.png", "a"), (f"{folder.parent}/a.png", "b")]
+    whole = open_source(write(folder / "absolute.csv", rows), Columns(root=folder.name))
     assert whole[0].captions() == ("a",)
     assert reason_of(whole, 1) == "path outside image root"
     for array in (json.dumps(lines), "[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n"):
@@ -157,13 +133,11 @@ def test_paths_of_windows(folder):
     (folder / "inner").mkdir()
     for name in ("inner/x.png", "y\\z.png"):
         shutil.copy(folder / "b.png", folder / name)
-    write(
-        folder / "t.csv",
-        [("inner\\x.png", "x"), ("y\\z.png", "a name with a backslash"), ("in\\none.png", "gone")],
-    )
+    names = "inner\\x.png", "y\\z.png", "in\\none.png"  # the second has a backslash in its name
+    write(folder / "t.csv", [(name, "x") for name in names])
     for columns in (Columns(), Columns(root=folder)):
         source = open_source(folder / "t.csv", columns)
-        assert [source[index].key for index in range(2)] == ["inner\\x.png", "y\\z.png"]
+        assert (source[0].key, source[1].key) == names[:2]
         assert reason_of(source, 2) == "missing image"
 
 
@@ -227,9 +201,9 @@ def test_csv_quotes_that_swallow_nothing(folder, cell, sign):
     (folder / "t.csv").write_bytes(b"\xef\xbb\xbf" + content.encode())
     rows = list(csv.DictReader(io.StringIO(content, newline=""), delimiter=sign))
     source = TableSource(folder / "t.csv")
-    assert [source[i].captions() for i in range(3)] == [
-        (" ".join(row["caption"].split()),) for row in rows
-    ]
+    for index, row in enumerate(rows):
+        assert source[index].captions() == (" ".join(row["caption"].split()),)
+    assert len(rows) == 3
 
 
 def test_tsv_without_quotes_is_read_as_it_stands(folder):
@@ -238,10 +212,8 @@ def test_tsv_without_quotes_is_read_as_it_stands(folder):
         '"he said', 'she said"', '""empty" first', "good",
     ]  # fmt: skip
     expected = [*captions[:3], "all of it", 'says "it" twice', *captions[5:]]
-    text = "caption\timage\n" + "".join(
-        f"{caption}\t{i}.png\n" for i, caption in enumerate(captions)
-    )
-    (folder / "t.tsv").write_text(text)
+    lines = [f"{caption}\t{i}.png" for i, caption in enumerate(captions)]
+    (folder / "t.tsv").write_text("\n".join(["caption\timage", *lines]) + "\n")
     source = TableSource(folder / "t.tsv")
     found = [(source[i].key, source[i].captions()[0]) for i in range(len(source))]
     assert found == [(f"{i}.png", caption) for i, caption in enumerate(expected)]
@@ -249,15 +221,13 @@ def test_tsv_without_quotes_is_read_as_it_stands(folder):
 
 def test_semicolons_and_tabs_are_read_and_utf_16_and_latin_1_get_a_hint(folder):
     for sign in ";\t":
-        (folder / "t.csv").write_text(
-            f"\ufeffimage{sign}caption\na.png{sign}x, y\n", encoding="utf-8"
-        )
+        text = f"\ufeffimage{sign}caption\na.png{sign}x, y\n"
+        (folder / "t.csv").write_text(text, encoding="utf-8")
         assert open_source(folder / "t.csv")[0].captions() == ("x, y",)
     (folder / "t.csv").write_text("image,caption\na.png,x\n", encoding="utf-16")
     assert "is UTF-16. Save it as UTF-8." in message(folder / "t.csv")
-    (folder / "t.csv").write_bytes(
-        "image,caption\na.png,café\nb\xe9.png,x\nc.png,good\n".encode("latin-1")
-    )
+    text = "image,caption\na.png,café\nb\xe9.png,x\nc.png,good\n"
+    (folder / "t.csv").write_bytes(text.encode("latin-1"))
     source = open_source(folder / "t.csv")
     assert [reason_of(source, place) for place in (0, 1)] == ["invalid text"] * 2
     assert source[2].captions() == ("good",)
@@ -270,11 +240,12 @@ def test_rows_of_one_group_share_a_number(tmp_path, kind):
     source = open_source(path, Columns(group="product"))
     found = [source.columns["group"][index] for index in range(4)]
     assert found[0] == found[2] != found[1]
-    assert (0 in found[:3], found[3], "group" in open_source(path).columns) == (False, 0, False)
+    assert 0 not in found[:3]
+    assert found[3] == 0
+    assert "group" not in open_source(path).columns
     copied = pickle.loads(pickle.dumps(take(source, 2, 0)))
-    assert [copied.columns["group"][0], copied.columns["group"][1]] == [
-        found[index] for index in copied.indices
-    ]
+    for place, index in enumerate(copied.indices):
+        assert copied.columns["group"][place] == found[index]
     other = open_source(path).other_columns()
     assert {name: numbers.tolist() for name, numbers in other.items()} == {"product": found}
     assert source.other_columns() == {}
@@ -291,10 +262,13 @@ def content(folder, name):
     return (folder / f"{name}.png").read_bytes()
 
 
+def pixel_of(source, index):
+    return source[index].open().decoded().getpixel((0, 0))
+
+
 def parquet(folder, images, captions):
-    pq.write_table(
-        pa.table({"image": images, "caption": captions}), folder / "t.parquet", row_group_size=2
-    )
+    table = pa.table({"image": images, "caption": captions})
+    pq.write_table(table, folder / "t.parquet", row_group_size=2)
     return TableSource(folder / "t.parquet")
 
 
@@ -302,26 +276,16 @@ def test_parquet_bytes_and_lists_of_captions(folder):
     images = pa.array([content(folder, "a"), None, b"", content(folder, "c")], pa.binary())
     source = parquet(folder, images, [["x", "y "], ["z"], ["w"], []])
     assert (source[0].key, source[0].captions()) == ("row 0", ("x", "y"))
-    assert [reason_of(source, row) for row in (1, 2, 3)] == [
-        "missing image",
-        "missing image",
-        "empty caption",
-    ]
+    assert reason_of(source, 1) == reason_of(source, 2) == "missing image"
+    assert reason_of(source, 3) == "empty caption"
     # --- other types of bytes
     files = [content(folder, name) for name in "aba"]
     size = max(map(len, files))
     fixed = pa.array([file.ljust(size, b"\0") for file in files], pa.binary(size))
     for images in (fixed, pa.array(files, pa.binary()).dictionary_encode()):
         source = parquet(folder, images, ["x", "y", "x"])
-        assert [
-            source[1].key,
-            source[1].open().decoded().getpixel((0, 0)),
-            source[1].captions(),
-        ] == [
-            "row 1",
-            (1, 1, 1),
-            ("y",),
-        ]
+        assert (source[1].key, source[1].captions()) == ("row 1", ("y",))
+        assert pixel_of(source, 1) == (1, 1, 1)
 
 
 def test_parquet_structs_of_bytes_and_path(folder):
@@ -332,10 +296,8 @@ def test_parquet_structs_of_bytes_and_path(folder):
         None,
     ]
     source = parquet(folder, pa.array(rows, kind), ["x", "y", "z"])
-    assert [source[row].open().decoded().getpixel((0, 0)) for row in (0, 1)] == [
-        (1, 1, 1),
-        (2, 2, 2),
-    ]
+    assert pixel_of(source, 0) == (1, 1, 1)
+    assert pixel_of(source, 1) == (2, 2, 2)
     assert reason_of(source, 2) == "missing image"
 
 
