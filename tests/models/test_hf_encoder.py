@@ -43,35 +43,29 @@ def states(folder, tokens, padding):
 def test_features_are_transformers_own_pooled_and_projected(folders, kind, pooling):
     model = model_of(folders[kind], pooling=pooling, projection_bias=True).double()
     tower, tokens = model.text_tower, model.tokenize(CAPTIONS)
-    words, found = states(folders[kind], tokens, model.tokenizer.padding), tower(tokens)
-    rows = [[int(token) for token in row if token != model.tokenizer.padding] for row in tokens]
+    padding = model.tokenizer.padding
+    found, lengths = tower(tokens), (tokens != padding).sum(dim=1).tolist()
+    assert found.lengths.tolist() == lengths
+    states_of = zip(states(folders[kind], tokens, padding), lengths, strict=True)
+    words = [row[:length] for row, length in states_of]
     pool = {
-        "cls": lambda row, length: row[0],
-        "auto": lambda row, length: row[0],
-        "mean": lambda row, length: row[:length].mean(dim=0),
-        "eos": lambda row, length: row[length - 1],
+        "cls": lambda row: row[0],
+        "auto": lambda row: row[0],
+        "mean": lambda row: row.mean(dim=0),
+        "eos": lambda row: row[-1],
     }[pooling]
-    expected = torch.stack([pool(row, len(ids)) for row, ids in zip(words, rows, strict=True)])
+    expected = torch.stack([pool(row) for row in words])
     expected = expected @ tower.text_projection.weight.T + tower.text_projection.bias
-    assert found.lengths.tolist() == [len(ids) for ids in rows]
     torch.testing.assert_close(found.pooled, expected, rtol=0, atol=1e-6)
-    for row, length in enumerate(found.lengths):
-        torch.testing.assert_close(
-            found.text_tokens[row, :length], words[row, :length], rtol=0, atol=1e-6
-        )
+    for own, row in zip(found.text_tokens, words, strict=True):
+        torch.testing.assert_close(own[: len(row)], row, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (
-            {
-                "pooling_mode_cls_token": True,
-                "pooling_mode_mean_tokens": False,
-                "include_prompt": True,
-            },
-            "cls",
-        ),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_mean_tokens": True, "include_prompt": True}, "mean"),
         ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}, "mean"),
         ({"pooling_mode_lasttoken": True}, "eos"),
         ({"word_embedding_dimension": 32}, "mean"),
@@ -137,9 +131,8 @@ SIZES = {
 
 
 def test_states_and_gradients_are_those_of_transformers():
-    theirs = transformers.BertModel(
-        transformers.BertConfig(**SIZES), add_pooling_layer=False
-    ).train()
+    config = transformers.BertConfig(**SIZES)
+    theirs = transformers.BertModel(config, add_pooling_layer=False).train()
     ours = Bert(SIZES).train()
     ours.load_state_dict(theirs.state_dict())
     tokens = torch.randint(1, 60, (5, 9), generator=torch.Generator().manual_seed(0))
@@ -157,9 +150,8 @@ def test_states_and_gradients_are_those_of_transformers():
 
 @pytest.mark.parametrize("change", [{}, {"model_type": "roberta"}, {"hidden_act": "relu"}])
 def test_other_encoders_are_left_to_transformers(change):
-    assert isinstance(TextEncoder(SIZES | change, "", {}, filled_later=True).build(), Bert) == (
-        change == {}
-    )
+    built = TextEncoder(SIZES | change, "", {}, filled_later=True).build()
+    assert isinstance(built, Bert) == (change == {})
 
 
 def changed(folder, **config):
@@ -186,14 +178,8 @@ def test_a_folder_that_is_none_and_a_missing_library(tmp_path, monkeypatch):
         ({"vocab_size": "many"}, r"config\.json' is not the configuration.*vocab_size"),
         ({"vocab_size": 20}, "69 ids.*vocab_size 20"),
         ({"pad_token_id": 3}, "pads with id 0.*pad_token_id 3"),
-        (
-            {"max_position_embeddings": 16},
-            "positions for 16 ids.*text.context_length to 16 or less",
-        ),
-        (
-            {"num_hidden_layers": 3},
-            r"lack 'encoder\.layer\.2\.[^']*' and 15 more.*text.pretrained=false",
-        ),
+        ({"max_position_embeddings": 16}, "16 ids.*text.context_length to 16 or less"),
+        ({"num_hidden_layers": 3}, r"lack 'encoder\.layer\.2\.[^']*' and 15 more.*text.pretrained"),
         ({"num_hidden_layers": 1}, r"fewer layers than the weights.*'[^']*layer\.1\."),
         ({"hidden_act": "sinister"}, "cannot be built"),
     ],
@@ -238,11 +224,8 @@ def test_of_the_hub_no_file_is_fetched_that_could_run_code_and_no_network_is_one
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
     for offline in (True, False):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        refuses(
-            r"fetch 'huggingface:nobody/nothing': no connection.*builtin:",
-            model_of,
-            "huggingface:nobody/nothing",
-        )
+        name = "huggingface:nobody/nothing"
+        refuses(rf"fetch '{name}': no connection.*builtin:", model_of, name)
 
     folder, asked = bert(tmp_path / "bert"), []
 
@@ -253,36 +236,25 @@ def test_of_the_hub_no_file_is_fetched_that_could_run_code_and_no_network_is_one
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert model_of("huggingface:owner/name").text_tower.width == 32
     model_of("huggingface:owner/name", pretrained=False)
-    assert [name for name, _ in asked] == ["owner/name"] * 2
-    assert [any("safetensors" in pattern for pattern in patterns) for _, patterns in asked] == [
-        True,
-        False,
-    ]
-    assert not any(
-        pattern.endswith((".py", ".bin", "*")) for _, patterns in asked for pattern in patterns
-    )
+    (first, patterns), (second, others) = asked
+    assert first == second == "owner/name"
+    assert any("safetensors" in pattern for pattern in patterns)
+    assert not any("safetensors" in pattern for pattern in others)
+    assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in (*patterns, *others))
 
 
 def test_what_is_kept_names_no_folder_and_no_code_and_fits_no_other_tokenizer(tmp_path):
-    folder = changed(
-        bert(tmp_path / "bert"),
-        auto_map={"AutoModel": "evil.Model"},
-        attn_implementation="owner/kernel",
-    )
+    config = {"auto_map": {"AutoModel": "evil.Model"}, "attn_implementation": "owner/kernel"}
+    folder = changed(bert(tmp_path / "bert"), **config)
     kept = read_encoder(str(folder), pretrained=True).to_tensor()
     text = kept.numpy().tobytes().decode()
-    assert not any(
-        word in text for word in ("evil", "kernel", "auto_map", "_name_or_path", str(tmp_path))
-    )
+    strange = "evil", "kernel", "auto_map", "_name_or_path", str(tmp_path)
+    assert not any(word in text for word in strange)
     assert TextEncoder.from_tensor(kept).to_tensor().equal(kept)
-    first = model_of(folder)
-    model_of(folder).load_state_dict(first.state_dict())
-    (folder / "vocab.txt").write_text(
-        (folder / "vocab.txt").read_text().replace("\nred\n", "\ndim\n")
-    )
-    refuses(
-        "another configuration or tokenizer", model_of(folder).load_state_dict, first.state_dict()
-    )
+    first, words = model_of(folder).state_dict(), folder / "vocab.txt"
+    model_of(folder).load_state_dict(first)
+    words.write_text(words.read_text().replace("\nred\n", "\ndim\n"))
+    refuses("another configuration or tokenizer", model_of(folder).load_state_dict, first)
 
 
 def test_an_encoder_that_did_not_come_with_the_weights_is_not_looked_for(tmp_path):
