@@ -174,7 +174,8 @@ class CaptionTable:
         own = [row for owner, row in self._known(file) if owner == change.id]
         captioned = [row for row in own if row.caption]
         empty = [row for row in own if not row.caption]
-        if (known := [row.caption for row in captioned]) != change.seen:
+        known = [row.caption for row in captioned]
+        if known != change.seen:
             now = "; ".join(known) or "none"
             raise HTTPException(
                 409, f"Not saved: this image has other captions now ({now}). Save again."

@@ -100,10 +100,8 @@ class Guard:
             message = "The app does not answer to this host name. Open the address that `declip app` printed."
             return PlainTextResponse(message, 421)
         # --- forms and scripts of other sites
-        if method not in ("GET", "HEAD") and headers.get("origin") not in (
-            f"http://{host}",
-            f"https://{host}",
-        ):
+        ours = (f"http://{host}", f"https://{host}")
+        if method not in ("GET", "HEAD") and headers.get("origin") not in ours:
             return PlainTextResponse("Only the pages of the app may send this request.", 403)
         # --- images and scripts that other sites load from here; links to here are allowed
         site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")

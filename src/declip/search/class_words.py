@@ -3,6 +3,7 @@
 The sentence encoder knows what an animal is called, the classifier what 398 animals look like.
 """
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ from declip.models.posteriors import PosteriorProjection
 from declip.recipe.starts import STARTS
 
 CLASSES = 1_000  # of ImageNet, whose numbers the table has
-ARTICLES = ("a ", "an ", "the ")
+ARTICLE = re.compile("^(a|an|the) ")
 
 
 def add_classes(vector: Tensor, text: str, text_model: Any, model: Callable[[], Any]) -> Tensor:
@@ -37,8 +38,7 @@ def classes_of(query: str, model: Any) -> tuple[int, ...]:
     if recipe is None or recipe.text.hf_model not in STARTS:
         return ()
     word = " ".join(query.lower().split()).rstrip(".")
-    article = next((each for each in ARTICLES if word.startswith(each)), "")
-    return _table().get(word.removeprefix(article), ())
+    return _table().get(ARTICLE.sub("", word), ())
 
 
 @cache

@@ -292,13 +292,12 @@ class Classification:
 
     def summary(self) -> str:
         """One line for the classes, the most frequent first, and one for each reason of images left out."""
-        counts = Counter(self.counts)
-        frequent = counts.most_common(20)
-        classes = ", ".join(f"{count:,} {printable(name)}" for name, count in frequent if count)
-        left_out = (f"Left out: {line}" for line in self.skipped.lines())
-        return "\n".join(
-            [f"{counts.total():,} images: {classes}{', …' * (len(+counts) > 20)}", *left_out]
-        )
+        counts = +Counter(self.counts)  # without zeros
+        classes = [f"{count:,} {printable(name)}" for name, count in counts.most_common(20)]
+        if len(counts) > 20:
+            classes.append("…")
+        lines = [f"{counts.total():,} images: {', '.join(classes)}"]
+        return "\n".join(lines + [f"Left out: {line}" for line in self.skipped.lines()])
 
 
 def classify(

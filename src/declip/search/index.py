@@ -268,12 +268,8 @@ class Index:
     def nearest(self, queries: Tensor, k: int, *, over: Over = "images") -> tuple[Tensor, Tensor]:
         """Find ids (n, k') int64 and cosines (n, k') float32 nearest to vectors (n, d) of length 1, the best first."""
         queries = torch.as_tensor(queries, dtype=torch.float32)
-        if (
-            queries.ndim != 2
-            or queries.shape[1] != self.info.dimension
-            or k < 0
-            or not queries.isfinite().all()
-        ):
+        fits = queries.ndim == 2 and queries.shape[1] == self.info.dimension
+        if not fits or k < 0 or not queries.isfinite().all():
             raise UserError(
                 f"queries has shape {tuple(queries.shape)} and k is {k}; expected (n, {self.info.dimension}) without "
                 "NaN, and k >= 0."

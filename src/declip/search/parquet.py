@@ -79,7 +79,9 @@ def _check(tables: Sequence[ParquetRows], made_by: ModelInfo) -> tuple[set[str],
             for id, error in zip(ids.to_pylist(), errors.to_pylist(), strict=True):
                 key = cell_name(id)
                 number = hash(key)  # 8 bytes, however long the key is
-                (repeated if number in seen else seen).add(number)
+                if number in seen:
+                    repeated.add(number)
+                seen.add(number)
                 if error:
                     reason, _, detail = str(error).partition(": ")
                     skipped.add(BrokenPair(reason, key, detail))

@@ -97,9 +97,8 @@ class Store:
                     raise ValueError(f"{name} has shape {matrix.shape} and type {matrix.dtype}")
                 self.matrices[over] = matrix
         self._starts = np.cumsum([0, *sizes])
-        paths = [folder / name for over, name in MATRICES.items() if over in self.matrices]
-        paths.append(folder / ROWS)
-        self.files = {path: path.stat().st_size for path in sorted(paths)}
+        names = sorted([ROWS, *(MATRICES[over] for over in self.matrices)])
+        self.files = {folder / name: (folder / name).stat().st_size for name in names}
 
     def __len__(self) -> int:
         """Number of rows."""
