@@ -230,12 +230,18 @@ def _mounted(folder, work):
     work()
 
 
+WITHOUT_WORKERS = {"app", "benchmarks", "docs", "evaluation", "inspection", "search"}
+"""Folders of tests that read pairs in their own process unless they ask for workers, which take a tenth of a second."""
+
+
 @pytest.fixture(autouse=True)
-def without_charts(request):
+def cheap_defaults(request):
     """Draw charts in the tests of reports alone: matplotlib takes a tenth of a second for each."""
     with pytest.MonkeyPatch.context() as patch:
         if "reports" not in request.path.parts:
             patch.setattr("declip.reports.charts.Chart.svg", lambda *_: Markup("<svg></svg>"))
+        if request.path.parent.name in WITHOUT_WORKERS:
+            patch.setattr("declip.io.pool.MAX_WORKERS", 0)
         yield
 
 
