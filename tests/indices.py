@@ -5,8 +5,10 @@ from itertools import product
 import pytest
 import torch
 
-from conftest import COLORS, SHAPES, draw, tiny_tree
+import declip
+from conftest import COLORS, SHAPES, draw, once, tiny_tree
 from declip.data.pair import Origin
+from declip.interchange import starter
 from declip.interchange.declip_file import write_declip_file
 from declip.models.dual_encoder import DualEncoder
 from declip.recipe.schema import Recipe
@@ -14,6 +16,8 @@ from declip.search.index import Index
 from declip.search.info import IndexInfo, ModelInfo, SourceInfo
 from declip.search.store import Block, IndexedImage
 from declip.search.writer import new_index
+
+START = "builtin:lite0-minilm"
 
 
 def tiny_model(seed=0):
@@ -66,3 +70,23 @@ def weights_file(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
     write_declip_file(model, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def built_in():
+    """The smaller built-in start."""
+    if not starter.installed(START):
+        pytest.skip("the built-in start is not installed")
+    return declip.load(START)
+
+
+@pytest.fixture(scope="session")
+def explained(built_in, tmp_path_factory):
+    """An index of 24 drawings whose hits say what they resemble."""
+
+    def make(folder):
+        draw_shapes(folder / "shapes")
+        declip.embed(START, folder / "shapes", out=folder / "index")
+
+    folder = once(tmp_path_factory, "explained", make)
+    return declip.Index.open(folder / "index", model=built_in)

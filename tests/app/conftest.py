@@ -6,9 +6,9 @@ from importlib.util import find_spec
 import pytest
 
 from conftest import COLORS, SHAPES, draw, once, write_table
-from indices import folder, model, weights_file
+from indices import built_in, explained, folder, model, weights_file
 
-__all__ = ["folder", "model", "weights_file"]
+__all__ = ["built_in", "explained", "folder", "model", "weights_file"]
 PAGE = "http://127.0.0.1:8765"
 NAMES = [f"{color}-{shape}-{side}" for side in (32, 48) for color in COLORS for shape in SHAPES]
 

@@ -12,10 +12,10 @@ import pytest
 
 from app.conftest import NAMES
 from conftest import draw, write_table
-from declip.app.server import address_of, build, open_state, take_port
+from declip.app.server import address_of, build, take_port
+from declip.app.state import AppState
 from declip.data.sources.open import open_source
-from declip.interchange import starter
-from indices import draw_shapes
+from indices import START
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the app needs declip[app]")
@@ -122,19 +122,13 @@ def test_a_text_is_typed_and_found_by_keyboard_alone(page, shared):
     expect(page.locator("#hits > li").first).to_contain_text("cosine 1.000")
 
 
-def test_a_result_says_on_demand_what_it_and_the_text_resemble(browser, page, tmp_path):
+def test_a_result_says_on_demand_what_it_and_the_text_resemble(browser, page, explained):
     page.goto("/search?text=a+red+circle")
     expect(page.locator("#hits > li")).to_have_count(24)
     expect(page.get_by_role("button", name="Why?")).to_have_count(0)  # without known pairs
-    start = "builtin:lite0-minilm"
-    if not starter.installed(start):
-        pytest.skip("the built-in start is not installed")
-    draw_shapes(tmp_path / "shapes")
-    state = open_state(start, str(tmp_path / "shapes"), tmp_path / "index")
-    index = state.index
-    hits = index.explain("an orange", index.search("an orange", k=24))
+    hits = explained.explain("an orange", explained.search("an orange", k=24))
     hit = next(each for each in hits[1:] if each.resembles)
-    with served(state) as address:
+    with served(AppState(explained, START)) as address:
         opened = browser.new_page(base_url=address)
         opened.goto("/search?text=an+orange")
         card = opened.locator("#hits > li").nth(hits.index(hit))

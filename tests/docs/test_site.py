@@ -208,7 +208,7 @@ def test_every_loss_and_tracker_has_a_line_on_its_page(page, names):
     listed = re.findall(
         r"^- `(\w+)`", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert not names.keys() - set(listed)
+    assert names.keys() - set(listed) == set()
 
 
 def test_formulas_are_mathml_and_drawings_part_of_the_page(site):

@@ -1,5 +1,5 @@
 """Fixtures of tests of indices."""
 
-from indices import folder, model, weights_file
+from indices import built_in, explained, folder, model, weights_file
 
-__all__ = ["folder", "model", "weights_file"]
+__all__ = ["built_in", "explained", "folder", "model", "weights_file"]

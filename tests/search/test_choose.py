@@ -223,25 +223,16 @@ def loaded_by(*steps):
     return done.stdout.splitlines()
 
 
-def test_the_package_and_its_commands_import_no_torch():
-    assert loaded_by(
-        ("import declip", "torch numpy typer pydantic"),
-        ("import declip.cli.app", "torch scipy numpy pydantic yaml jinja2"),
-        ("import declip.search.info", "torch scipy huggingface_hub"),
-        ("import declip.comparison.study, declip.finetuning.request", "torch timm"),
-        ("import declip.finetuning.run", "torch.distributed.tensor scipy.optimize timm"),
-    ) == ["", "", "", "", ""]
-
-
-def test_a_text_search_builds_no_image_tower(folder, tmp_path):
+def test_nothing_is_imported_before_it_is_used(folder, tmp_path):
+    """The package and its commands import no torch, a text search no library of images."""
     own = tiny_model()
     changes = {"hf_model": str(bert(tmp_path / "bert")), "context_length": 24}
     recipe = own.recipe.model_copy(update={"text": own.recipe.text.model_copy(update=changes)})
-    code = "import declip.search.index as i"
+    search = "import declip.search.index as i"
     for name, model in (("own", own), ("encoder", DualEncoder(recipe))):
         write_declip_file(model, file := tmp_path / f"{name}.safetensors")
         declip.embed(file, folder, out=tmp_path / name, workers=0)
-        code += f"\ni.Index.open({str(tmp_path / name)!r}).search('red', k=3)"
+        search += f"\ni.Index.open({str(tmp_path / name)!r}).search('red', k=3)"
         # The text tower alone finds what the model finds.
         parts, whole = Index.open(tmp_path / name), Index.open(tmp_path / name, model=file)
         assert whole.model.image_tower.proj is not None
@@ -249,8 +240,13 @@ def test_a_text_search_builds_no_image_tower(folder, tmp_path):
             (h.key, h.score) for h in whole.search("red")
         ]
     assert loaded_by(
-        (code, "timm torchvision transformers wandb pandas matplotlib torch._dynamo torch")
-    ) == ["torch"]
+        ("import declip", "torch numpy typer pydantic"),
+        ("import declip.cli.app", "torch scipy numpy pydantic yaml jinja2"),
+        ("import declip.search.info", "torch scipy huggingface_hub"),
+        ("import declip.comparison.study, declip.finetuning.request", "torch timm"),
+        (search, "timm torchvision transformers wandb pandas matplotlib torch._dynamo torch"),
+        ("import declip.finetuning.run", "torch.distributed.tensor scipy.optimize timm"),
+    ) == ["", "", "", "", "torch", ""]
 
 
 def test_a_file_name_that_no_table_can_hold_is_refused(folder, weights_file, tmp_path, command):

@@ -1,20 +1,15 @@
-"""Queries that are a word for several classes of the built-in start."""
+"""Queries that are a word for several classes of the built-in built_in."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from torch.nn.functional import normalize
 
 import declip
-from declip.interchange import starter
+from conftest import draw
 from declip.models.posteriors import PosteriorProjection
 from declip.search.class_words import class_direction, classes_of
-
-needs_start = pytest.mark.skipif(
-    not starter.installed("builtin:lite0-minilm"), reason="the built-in start is not installed"
-)
 
 
 def model_of(encoder, classes=1_000):
@@ -51,24 +46,20 @@ def test_the_direction_is_the_mean_of_classes_as_images():
     assert class_direction(model_of("builtin:lite2-minilm", classes=10), (3, 7)) is None
 
 
-@needs_start
-def test_a_class_named_by_such_a_word_is_compared_as_images_too(tmp_path):
-    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
-    model, names = declip.load("builtin:lite0-minilm"), ["animals", "a red square"]
-    [found] = declip.classify(model, [str(tmp_path / "a.png")], names, templates="{}").predictions
-    texts = model.encode_text(names)
-    texts[0] = normalize(texts[0] + class_direction(model, classes_of("animals", model)), dim=0)
-    scores = model.logit_scale.exp() * model.encode_image([str(tmp_path / "a.png")]) @ texts.T
+def test_a_class_named_by_such_a_word_is_compared_as_images_too(built_in):
+    names, image = ["animals", "a red square"], draw("red", "bar")
+    [found] = declip.classify(built_in, [image], names, templates="{}").predictions
+    texts = built_in.encode_text(names)
+    animals = class_direction(built_in, classes_of("animals", built_in))
+    texts[0] = normalize(texts[0] + animals, dim=0)
+    scores = built_in.logit_scale.exp() * built_in.encode_image([image]) @ texts.T
     assert list(found.probabilities.values()) == pytest.approx(
         scores.softmax(dim=1)[0].tolist(), abs=1e-5
     )
 
 
-@needs_start
-def test_a_search_for_a_class_word_reads_the_image_tower_and_no_other_does(tmp_path):
-    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
-    declip.embed("builtin:lite0-minilm", [str(tmp_path / "a.png")], out=tmp_path / "index")
-    index = declip.Index.open(tmp_path / "index")
+def test_a_search_for_a_class_word_reads_the_image_tower_and_no_other_does(explained):
+    index = declip.Index.open(explained.folder)
     phrase = index.query("animals in the snow")
     assert "model" not in vars(index)
     word, text = index.query("animals"), index.text_model.encode_text(["animals"])[0]

@@ -3,34 +3,19 @@
 import csv
 import json
 
-import pytest
 import torch
 from torch.nn.functional import normalize
 
 import declip
 from conftest import refuses, texture
-from declip.interchange import starter
 from declip.runs.fitted import HEADS, KNOWN
 from declip.search.explain import anchor_names, resembled
-
-START = "builtin:lite0-minilm"
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory):
-    if not starter.installed(START):
-        pytest.skip("the built-in start is not installed")
-    folder = tmp_path_factory.mktemp("explained")
-    (folder / "pictures").mkdir()
-    for seed in range(4):
-        texture(seed, side=64).save(folder / f"pictures/{seed}.png")
-    declip.embed(START, folder / "pictures", out=folder / "index", workers=0)
-    return declip.Index.open(folder / "index", device="cpu")
+from indices import START
 
 
-def test_the_names_are_those_whose_products_of_neighbors_are_largest(index):
-    hits = index.explain("an orange", index.search("an orange", k=4))
-    model = index.model
+def test_the_names_are_those_whose_products_of_neighbors_are_largest(explained):
+    hits = explained.explain("an orange", explained.search("an orange", k=4))
+    model = explained.model
     names = anchor_names(START)
     assert len(names) == 1_000
     image_side, text_side = model.image_tower.proj.side, model.text_tower.text_projection.side
@@ -38,7 +23,7 @@ def test_the_names_are_those_whose_products_of_neighbors_are_largest(index):
         pooled = model.text_tower.pool(model.tokenize(["an orange"]))[0]
         text = normalize(pooled - text_side.mean, dim=0) @ text_side.anchors.mT
         for hit in hits:
-            image = model.image_tower.pool(model.preprocess(index.image(hit.id)))[0]
+            image = model.image_tower.pool(model.preprocess(explained.image(hit.id)))[0]
             shared = normalize(image - image_side.mean, dim=0) @ image_side.anchors.mT
             near = [set(cosines.topk(50).indices.tolist()) for cosines in (text, shared)]
             both = sorted(near[0] & near[1], key=lambda row: -(text[row] * shared[row]))
@@ -46,11 +31,11 @@ def test_the_names_are_those_whose_products_of_neighbors_are_largest(index):
     assert {hit.resembles for hit in hits} != {()}
 
 
-def test_the_command_prints_and_writes_them(index, tmp_path, command):
+def test_the_command_prints_and_writes_them(explained, tmp_path, command):
     files = "--json", tmp_path / "hits.json", "--out", tmp_path / "hits.csv"
-    printed = command("search", index.folder, "an orange", "--why", *files).out
+    printed = command("search", explained.folder, "an orange", "--why", *files).out
     hits = json.loads((tmp_path / "hits.json").read_text())["hits"]
-    expected = index.explain("an orange", index.search("an orange"))
+    expected = explained.explain("an orange", explained.search("an orange"))
     assert [tuple(hit["resembles"]) for hit in hits] == [hit.resembles for hit in expected]
     with (tmp_path / "hits.csv").open(encoding="utf-8", newline="") as table:
         named = [row["both resemble"] for row in csv.DictReader(table)]
@@ -60,15 +45,16 @@ def test_the_command_prints_and_writes_them(index, tmp_path, command):
     assert "both resemble" in printed
     picture = tmp_path / "orange.png"
     texture(0).save(picture)
-    refused = command("search", index.folder, "--image", picture, "--why")
+    refused = command("search", explained.folder, "--image", picture, "--why")
     assert (refused.status, "Give a text" in refused.err) == (2, True)
 
 
-def test_a_name_of_several_pairs_is_said_once(index):
-    images = [index.image(0)]
-    (first,) = resembled(index.model, index.known_names, "an orange", images, 2)
-    doubled = ["both" if name in first else name for name in index.known_names]
-    (found,) = resembled(index.model, doubled, "an orange", images, 2)
+def test_a_name_of_several_pairs_is_said_once(explained):
+    hits = explained.explain("an orange", explained.search("an orange"))
+    images = [next(explained.image(hit.id) for hit in hits if len(hit.resembles) > 1)]
+    (first,) = resembled(explained.model, explained.known_names, "an orange", images, 2)
+    doubled = ["both" if name in first else name for name in explained.known_names]
+    (found,) = resembled(explained.model, doubled, "an orange", images, 2)
     assert len(first) == 2
     assert found[0] == "both"
     assert "both" not in found[1:]

@@ -2,10 +2,6 @@
 
 from types import SimpleNamespace
 
-import pytest
-
-import declip
-from declip.interchange import starter
 from declip.search.language import language_note, seems_english
 
 ENGLISH = [
@@ -30,23 +26,15 @@ OTHERS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model():
-    if not starter.installed("builtin:lite0-minilm"):
-        pytest.skip("the built-in start is not installed")
-    return declip.load("builtin:lite0-minilm")
+def test_english_passes_and_other_languages_do_not(built_in):
+    assert [text for text in ENGLISH if not seems_english(text, built_in.tokenizer)] == []
+    assert [text for text in OTHERS if seems_english(text, built_in.tokenizer)] == []
 
 
-def test_english_passes_and_other_languages_do_not(model):
-    assert [text for text in ENGLISH if not seems_english(text, model.tokenizer)] == []
-    assert [text for text in OTHERS if seems_english(text, model.tokenizer)] == []
-
-
-def test_a_search_says_what_to_do(model, tmp_path, folder, caplog):
-    index = declip.embed(model, folder, out=tmp_path / "index", workers=0)
-    index.search("a red circle")
+def test_a_search_says_what_to_do(explained, caplog):
+    explained.search("a red circle")
     assert caplog.text == ""
-    index.search("ein roter Kreis")
+    explained.search("ein roter Kreis")
     assert "open_clip:" in caplog.text
 
 
