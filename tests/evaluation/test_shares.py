@@ -48,20 +48,29 @@ def measured(path, losses, how):
     return [result.to_dict() for result in results], encoded, sharded
 
 
-@pytest.mark.parametrize(
-    "how",
-    [{"workers": 0}, {"workers": 1}, {"strategy": "fsdp"}, {"strategy": "fsdp", "batch_size": 99}],
-    ids=["own process", "workers", "towers in parts", "fewer batches than processes"],
-)
+CASES = {
+    "own process": {"workers": 0},
+    "workers": {"workers": 1},
+    "towers in parts": {"strategy": "fsdp"},
+    "fewer batches than processes": {"strategy": "fsdp", "batch_size": 99},
+}
+
+
+def measured_in_each_case(path, losses):
+    return {name: measured(path, losses, dict(how)) for name, how in CASES.items()}
+
+
 @pytest.mark.parametrize("losses", [{"contrastive": 1.0}, {"late_interaction": 1.0}])
-def test_processes_share_the_images_and_find_what_one_finds(classified, tmp_path, losses, how):
-    expected, encoded, _ = measured(classified, losses, dict(how))
-    found = in_processes(measured, 2, tmp_path, classified, losses, how)
-    assert [results for results, *_ in found] == [expected, expected]
-    assert [sharded for *_, sharded in found] == ["strategy" in how] * 2
-    first, second = (each for _, each, _ in found)
-    assert first + second == encoded
-    assert len(encoded) == 2
+def test_processes_share_the_images_and_find_what_one_finds(classified, tmp_path, losses):
+    alone = measured_in_each_case(classified, losses)
+    found = in_processes(measured_in_each_case, 2, tmp_path, classified, losses)
+    for name, (expected, encoded, _) in alone.items():
+        first, second = (each[name] for each in found)
+        assert first[0] == second[0] == expected, name
+        assert first[1] + second[1] == encoded, name
+        assert len(encoded) == 2
+        is_sharded = "strategy" in CASES[name]
+        assert (first[2], second[2]) == (is_sharded, is_sharded), name
 
 
 def refused(path):
