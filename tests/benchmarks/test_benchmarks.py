@@ -11,19 +11,8 @@ from declip.recipe.load import load_recipe
 
 
 def test_step_and_its_peer(call):
-    words = (
-        "--tiny",
-        "--batch-size",
-        4,
-        "--repeats",
-        1,
-        "--json",
-        "--precision",
-        "fp32",
-        "--recipe",
-        "clip",
-    )
-    whole = json.loads(call("step", *words)[1][-1])
+    words = "--tiny --batch-size 4 --repeats 1 --json --precision fp32 --recipe clip"
+    whole = json.loads(call("step", *words.split())[1][-1])
     found = whole["measured"]["fp32"]
     muon, adamw = (found["raw_seconds"][f"clip: {name}"] for name in ("muon", "optimizer"))
     expected = 1 + (median(muon) - median(adamw)) / found["seconds"]["clip"]
@@ -41,8 +30,8 @@ def test_step_and_its_peer(call):
 
 def test_search_and_its_peers(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    words = ("--sizes", 1200, "--width", 32, "--batch-size", 1, 4, "--repeats", 1)
-    rows = json.loads(call("search", *words)[1][-1])["rows"]
+    words = "--sizes 1200 --width 32 --batch-size 1 4 --repeats 1"
+    rows = json.loads(call("search", *words.split())[1][-1])["rows"]
     assert any("sentence-transformers can't be imported" in row.get("note", "") for row in rows)
     recalls = {row["what"]: row["recall_at_10"] for row in rows if "note" not in row}
     assert min(recall for name, recall in recalls.items() if name.startswith("declip")) > 0.97
@@ -54,18 +43,16 @@ def test_starting(call, scripts, monkeypatch):
     assert [row["what"] for row in rows] == ["python", "import declip", "help"]
 
 
+TRAIN = {"optimizer": "adamw", "steps": 2, "checkpoint_every": 1, "batch_size": 8}
+
+
 @pytest.fixture
 def gpu(scripts, call, tmp_path, monkeypatch):
     """Measure parts of toy towers with one loss; give the exit status and what is printed."""
     module = scripts("gpu")
     keys = module.run_keys
-    fewer = {"loss_weights": {"contrastive": 1.0}, "train.optimizer": "adamw"}
-    fewer |= {
-        "train.steps": 2,
-        "train.checkpoint_every": 1,
-        "train.batch_size": 8,
-        "text.layers": 1,
-    }
+    fewer = {"loss_weights": {"contrastive": 1.0}, "text.layers": 1}
+    fewer |= {f"train.{key}": value for key, value in TRAIN.items()}
     monkeypatch.setattr(module, "RECIPES", ("clip",))
     monkeypatch.setattr(module, "run_keys", lambda *given, **train: keys(*given, **train) | fewer)
     monkeypatch.setattr(module, "load_recipe", lambda name, keys: load_recipe(name, keys | fewer))
@@ -79,19 +66,8 @@ def gpu(scripts, call, tmp_path, monkeypatch):
 
 
 def test_embedding(call):
-    words = [
-        "--towers",
-        "builtin:lite0-minilm",
-        "--sizes",
-        "48x40",
-        "--images",
-        3,
-        "--repeats",
-        1,
-        "--threads",
-        1,
-    ]
-    rows = json.loads(call("embed", *words)[1][-1])["rows"]
+    words = "--towers builtin:lite0-minilm --sizes 48x40 --images 3 --repeats 1 --threads 1"
+    rows = json.loads(call("embed", *words.split())[1][-1])["rows"]
     assert [(row["what"], row["count"]) for row in rows] == [
         ("declip", 3),
         ("fp32", 3),
