@@ -16,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from conftest import refuses, tiny_tree, write_rows
+from conftest import TINY, refuses, tiny_tree, write_rows
 from declip.api import compare, train
 from declip.comparison import runner as comparing
 from declip.comparison.outcome import by_measure, read_outcome
@@ -25,12 +25,15 @@ from declip.comparison.study import Study, read_study
 from declip.errors import UserError
 from declip.runs.folder import read_rows
 
+STEPS = 4
+
 
 @pytest.fixture
 def recipes(table, tmp_path):
-    files = {name: tmp_path / f"{name}.yaml" for name in ("clip", "declip")}
+    files = {name: tmp_path / f"{name}.yaml" for name in ("clip", "slip")}
     for name, path in files.items():
-        path.write_text(yaml.safe_dump(tiny_tree(table, name)), encoding="utf-8")
+        tree = tiny_tree(table, name, train={**TINY["train"], "steps": STEPS})
+        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return {name: str(path) for name, path in files.items()}
 
 
@@ -51,11 +54,11 @@ def test_every_run_is_what_declip_train_gives(recipes, table, tmp_path):
     assert outcome.complete
     refuses("no comparison", read_outcome, tmp_path)
     rows = {(row["variant"], row["pairs"], row["steps"]): row for row in outcome.rows.values()}
-    assert sorted(rows) == [("clip", 16, 8), ("declip", 16, 8)]
+    assert sorted(rows) == [("clip", 16, STEPS), ("slip", 16, STEPS)]
     overrides = {"data.max_pairs": 16, "evaluation.retrieval": [str(table)]}
     alone = train(recipes["clip"], overrides, out=tmp_path / "alone", progress=False)
-    row = rows["clip", 16, 8]
-    assert (row["loss"], row["samples"]) == (alone.metrics[-1]["loss"], 8 * 8)
+    row = rows["clip", 16, STEPS]
+    assert (row["loss"], row["samples"]) == (alone.metrics[-1]["loss"], STEPS * 8)
     (measure,) = outcome.facts
     assert measure == f"{table}: R@1"
     assert outcome.curves()[measure]["clip"].values[0] == (
@@ -111,25 +114,12 @@ def test_a_recipe_edited_between_two_calls_is_not_averaged_with_its_earlier_self
     Path(recipes["clip"]).write_text(
         text.replace("warmup_steps: 2", "warmup_steps: 3"), encoding="utf-8"
     )
-    refuses(
-        r"clip: train\.warmup_steps was 2, now 3",
-        tiny,
-        recipes,
-        table,
-        tmp_path / "out",
-        pairs=(8,),
-        seeds=2,
-    )
+    changed = r"train\.warmup_steps was 2, now 3"
+    refuses(f"clip: {changed}", tiny, recipes, table, tmp_path / "out", pairs=(8,), seeds=2)
     study = read_study(tmp_path / "out")
     assert study.seeds == (0,)
     # Nor does a worker that is still there run it.
-    refuses(
-        r"train\.warmup_steps",
-        run_trial,
-        study,
-        replace(study.trials()[0], seed=1),
-        tmp_path / "out",
-    )
+    refuses(changed, run_trial, study, replace(study.trials()[0], seed=1), tmp_path / "out")
 
 
 def test_recipes_whose_runs_would_share_folders_are_refused(recipes, table, tmp_path):
@@ -177,7 +167,7 @@ def _compare_in_a_terminal(*given, **options):
 
 
 def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(recipes, table, tmp_path):
-    recipes = {"declip": recipes["declip"]}
+    recipes = {"slip": recipes["slip"]}
     options = {"pairs": (16,), "overrides": {"train.steps": 16, "train.checkpoint_every": 4}}
     whole, out = tiny(recipes, table, tmp_path / "whole", **options), tmp_path / "out"
     fork = multiprocessing.get_context("fork")
@@ -205,7 +195,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_gone_through(recipes, table, tm
 def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(
     recipes, table, tmp_path, monkeypatch
 ):
-    seconds, timed = {"clip": 0.1, "declip": 0.25, "slow-clip": 0.4}, []
+    seconds, timed = {"clip": 0.1, "slip": 0.15, "slow-clip": 0.4}, []
 
     def step_seconds(parts, warm, count):
         timed.append(parts.recipe.name)
@@ -214,21 +204,19 @@ def test_at_equal_compute_steps_are_inverse_to_the_measured_seconds_and_stay(
     monkeypatch.setattr(comparing, "step_seconds", step_seconds)
     options = {"pairs": (8,), "budget": "compute"}
     outcome = tiny(recipes, table, tmp_path / "out", **options)
-    assert timed == ["clip", "declip"] * comparing.ROUNDS
+    assert timed == ["clip", "slip"] * comparing.ROUNDS
     rows = {(row["variant"], row["steps"], row["samples"]) for row in outcome.rows.values()}
-    assert rows == {("clip", 8, 64), ("declip", 3, 24)}
+    assert rows == {("clip", 4, 32), ("slip", 2, 16)}
     # On a machine half as fast, what was measured stays, and a new recipe is timed in turns with the first.
     seconds["clip"] *= 2
     again = tiny(recipes, table, tmp_path / "out", seeds=2, **options)
     assert len(timed) == 2 * comparing.ROUNDS
-    assert {(row["variant"], row["steps"]) for row in again.rows.values()} == {
-        ("clip", 8),
-        ("declip", 3),
-    }
+    rows = {(row["variant"], row["steps"]) for row in again.rows.values()}
+    assert rows == {("clip", 4), ("slip", 2)}
     recipes["slow-clip"] = str(shutil.copy(recipes["clip"], tmp_path / "slow-clip.yaml"))
     study = comparing.open_folder(_study(recipes, table, budget="compute"), tmp_path / "out")
     assert timed[2 * comparing.ROUNDS :] == ["clip", "slow-clip"] * comparing.ROUNDS
-    expected = [("clip", 8, 0.1), ("declip", 3, 0.25), ("slow-clip", 4, 0.2)]
+    expected = [("clip", 4, 0.1), ("slip", 2, 0.15), ("slow-clip", 2, 0.2)]
     assert [(each.name, each.steps, each.seconds) for each in study.variants] == expected
     assert read_study(tmp_path / "out") == study
 
@@ -250,7 +238,7 @@ def _sharing(name, recipes, table, out, options):
 
 def test_two_processes_share_the_runs(recipes, table, tmp_path):
     recipes = {"clip": recipes["clip"]}
-    options = {"overrides": {"train.steps": 4}, "seeds": 2}
+    options = {"seeds": 2}
     alone, out = tiny(recipes, table, tmp_path / "alone", **options), tmp_path / "out"
     fork = multiprocessing.get_context("fork")
     both = [
@@ -291,9 +279,11 @@ def own(recipes, table, tmp_path):
     """A file with a loss, and recipes of which the second uses it."""
     path = tmp_path / "uniformity.py"
     path.write_text(OWN, encoding="utf-8")
-    tree = tiny_tree(table) | {"loss_weights": {"contrastive": 1.0, "uniformity": 0.5}}
-    (tmp_path / "uniform.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-    return path, {"clip": recipes["clip"], "uniform": str(tmp_path / "uniform.yaml")}
+    tree = yaml.safe_load(Path(recipes["clip"]).read_text(encoding="utf-8"))
+    tree["loss_weights"]["uniformity"] = 0.5
+    uniform = tmp_path / "uniform.yaml"
+    uniform.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path, {"clip": recipes["clip"], "uniform": str(uniform)}
 
 
 def test_a_loss_of_the_users_file_is_tuned_timed_trained_and_compared(
@@ -392,10 +382,5 @@ def test_each_recipe_gets_its_best_value_and_an_edge_is_warned_of(
     refuses("test set", tiny, recipes, table, tmp_path / "b", **{**options, "tune_on": str(table)})
     refuses("--tune-on", tiny, recipes, table, tmp_path / "b", **{**options, "tune_on": None})
     refuses(
-        "two or more values",
-        tiny,
-        recipes,
-        table,
-        tmp_path / "b",
-        **{**options, "tune": "train.lr=1"},
+        "two or more", tiny, recipes, table, tmp_path / "b", **{**options, "tune": "train.lr=1"}
     )

@@ -22,6 +22,10 @@ def write(folder, rows):
     )
 
 
+def distinct(count, first=0):
+    return [(texture(number), f"caption {number}") for number in range(first, first + count)]
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """60 pairs: in 20 groups of three, the first two show one image in two sizes, the last two share a caption."""
@@ -43,48 +47,43 @@ def test_groups_stay_on_one_side(pairs):
 
 def test_training_pairs_stay_so_when_others_are_added(tmp_path):
     """Also where a new pair shows a known image or has a known caption."""
-    rows = [(texture(number), f"caption {number}") for number in range(300)]
     new = [
         (texture(number), f"caption {number if number % 4 else number // 5}")
-        for number in range(300, 350)
+        for number in range(120, 140)
     ]
-    new += [(texture(number, 40), f"new caption {number}") for number in range(50)]
-    table = write(tmp_path / "x", [*rows, *new])
+    new += [(texture(number, 40), f"new caption {number}") for number in range(20)]
+    table = write(tmp_path / "x", [*distinct(120), *new])
     lines = table.read_text().splitlines(keepends=True)
     parts = {}
-    for count in (300, 301, 400):
+    for count in (120, 121, 160):
         table.write_text("".join(lines[: 1 + count]))
         parts[count] = split_pairs(open_source(table))
         assert 0.05 <= len(parts[count].val) / count <= 0.2
-        assert set(parts[300].train) <= set(parts[count].train)
+        assert set(parts[120].train) <= set(parts[count].train)
 
 
 def test_copies_before_old_pairs_move_none_into_validation(tmp_path):
-    rows = [(texture(number), f"caption {number}") for number in range(300)]
-    copies = [(texture(number, 40), f"new caption {number}") for number in range(0, 300, 5)]
+    rows = distinct(240)
+    copies = [(texture(number, 40), f"new caption {number}") for number in range(0, 240, 5)]
     old = split_pairs(open_source(write(tmp_path / "old", rows)))
     new = split_pairs(open_source(write(tmp_path / "new", [*copies, *rows])))
     assert set(new.val[new.val >= len(copies)] - len(copies)) <= set(old.val)
 
 
 def test_a_validation_part_has_about_the_largest_size(tmp_path):
-    rows = [(texture(number), f"caption {number}") for number in range(150)]
-    assert 3 <= len(split_pairs(open_source(write(tmp_path / "x", rows)), most=5).val) <= 7
+    source = open_source(write(tmp_path / "x", distinct(150)))
+    assert 3 <= len(split_pairs(source, most=5).val) <= 7
 
 
 def test_few_pairs_have_a_validation_part_near_the_fraction(tmp_path):
     for count in (20, 40, 64):
-        rows = [(texture(100 * count + n), f"caption {count} {n}") for n in range(count)]
-        assert (
-            count // 20
-            <= len(split_pairs(open_source(write(tmp_path / str(count), rows))).val)
-            <= count // 5
-        )
+        source = open_source(write(tmp_path / str(count), distinct(count, 100 * count)))
+        assert count // 20 <= len(split_pairs(source).val) <= count // 5
 
 
 @pytest.fixture
 def sixty(tmp_path):
-    table = write(tmp_path / "x", [(texture(number), f"caption {number}") for number in range(60)])
+    table = write(tmp_path / "x", distinct(60))
     head, *rows = table.read_text().splitlines()
     return table, head, rows
 
@@ -111,16 +110,9 @@ def test_copies_across_a_given_split_are_counted_or_refused(sixty, caplog):
         texture(number, 40).save(table.parent / f"copy-{number}.png")
 
     def split(copies):
-        held_out = [*copied[:copies], *rows[50:]]
-        table.write_text(
-            "\n".join(
-                [
-                    f"{head},split",
-                    *(f"{row},train" for row in rows[:50]),
-                    *(f"{row},val" for row in held_out),
-                ]
-            )
-        )
+        named = [f"{row},train" for row in rows[:50]]
+        named += [f"{row},val" for row in [*copied[:copies], *rows[50:]]]
+        table.write_text("\n".join([f"{head},split", *named]))
         return split_pairs(open_source(table))
 
     assert len(split(2).val) == 12
@@ -165,11 +157,8 @@ def test_a_list_opens_as_its_pairs(pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = open_source(tmp_path / "some.pairs")
     assert source[0].open().decoded().size == (48, 48)
-    assert [source[i].captions() for i in range(len(source))] == [
-        ("first of 1",),
-        ("Common to 1",),
-        ("Common to 19",),
-    ]
+    captions = [source[number].captions() for number in range(len(source))]
+    assert captions == [("first of 1",), ("Common to 1",), ("Common to 19",)]
     write_pair_list(tmp_path / "older.pairs", PairList(str(pairs), Columns(), 61, [3]))
     refuses(r"61.*60", open_source, tmp_path / "older.pairs")
     marked = PairList(str(pairs), Columns(), 60, [3, 5, 59])
@@ -188,16 +177,13 @@ def test_a_list_opens_as_its_pairs(pairs, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_split_is_refused(tmp_path):
-    images = [texture(n) for n in range(30)]
-    one = open_source(write(tmp_path / "one", [(image, "a thing") for image in images]))
-    two = open_source(
-        write(tmp_path / "two", [(image, f"thing {n % 2}") for n, image in enumerate(images)])
-    )
-    few = open_source(
-        write(tmp_path / "few", [(image, f"thing {n}") for n, image in enumerate(images[:3])])
-    )
-    for source, words in ((one, "same caption"), (two, "2 groups.*15 pairs"), (few, "3 pairs")):
-        refuses(words, split_pairs, source)
+    for captions, pairs, words in (
+        (1, 30, "same caption"),
+        (2, 30, "2 groups.*15 pairs"),
+        (3, 3, "3 pairs"),
+    ):
+        rows = [(texture(n), f"thing {n % captions}") for n in range(pairs)]
+        refuses(words, split_pairs, open_source(write(tmp_path / str(captions), rows)))
 
 
 def test_copied_validation_images_are_refused_or_counted(pairs, tmp_path, caplog):
