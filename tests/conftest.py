@@ -257,6 +257,14 @@ def command(monkeypatch, capfd):
             cli.main()
         return SimpleNamespace(status=caught.value.code or 0, **capfd.readouterr()._asdict())
 
+    def refused(parts, *words):
+        """A command that must end with status 2 and name some parts; gives its outcome."""
+        outcome = run(*words)
+        assert outcome.status == 2, outcome
+        assert [part for part in parts if part not in outcome.err] == [], outcome.err
+        return outcome
+
+    run.refused = refused
     return run
 
 

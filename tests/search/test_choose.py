@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 import declip
-from conftest import refuses
+from conftest import refuses, write_rows
 from declip.data.sources.header import warn_once
 from declip.data.sources.open import open_source
 from declip.interchange.declip_file import write_declip_file
@@ -77,10 +77,10 @@ def test_every_beginning_is_a_choice_and_near_duplicates_come_once():
     assert products.fill_diagonal_(0).max() < ALIKE
 
 
-def test_pairs_that_are_there_count_as_chosen(model, folder, tmp_path, monkeypatch):
+def test_pairs_that_are_there_count_as_chosen(embed, model, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the index of have.csv is written below it
     (folder / "broken.png").write_bytes(b"no image")
-    declip.embed(model, folder, out=tmp_path / "index")  # without vectors of captions
+    embed(folder)  # without vectors of captions
     first = declip.choose(model, folder, 24, index=tmp_path / "index")
     assert first.skipped.counts == {"unreadable image": 1}
     # Half of them get captions, in a table that names some without one.
@@ -109,17 +109,14 @@ def test_the_table_is_one_of_pairs_once_it_has_captions(
     keys = [Path(row["image"]).name for row in rows]
     assert keys == [hit.key for hit in declip.choose(weights_file, folder, 24).images]
     assert {row["caption"] for row in rows} == {""}
-    assert [float(row["coverage"]) for row in rows] == sorted(
-        float(row["coverage"]) for row in rows
-    )
+    coverage = [float(row["coverage"]) for row in rows]
+    assert coverage == sorted(coverage)
+    captioned = [[row["image"], f"shape {n}"] for n, row in enumerate(rows)]
     with Path("lists/first.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [["image", "caption"], *([row["image"], f"shape {n}"] for n, row in enumerate(rows))]
-        )
+        csv.writer(file).writerows([["image", "caption"], *captioned])
     source = open_source("lists/first.csv")
-    assert [source[n].captions()[0] for n in range(len(source))] == [
-        f"shape {n}" for n in range(len(rows))
-    ]
+    captions = [source[n].captions()[0] for n in range(len(source))]
+    assert captions == [caption for _, caption in captioned]
 
 
 def test_columns_of_captions_change_nothing(
@@ -141,12 +138,8 @@ def test_columns_of_captions_change_nothing(
     declip.embed(weights_file, "pairs.csv", out="index", captions=True)
     assert all(declip.choose(weights_file, "pairs.csv", index="index").index.captions())
     Path("moved.csv").write_text(Path("pairs.csv").read_text().replace("image", "picture"))
-    assert (
-        command(
-            "choose", weights_file, "moved.csv", "--image-column", "picture", "--out", "m.csv"
-        ).status
-        == 0
-    )
+    words[2] = "moved.csv"
+    assert command(*words, "m.csv", "--image-column", "picture").status == 0
 
 
 def test_a_large_source_is_sampled(model, folder, tmp_path, monkeypatch):
@@ -174,19 +167,8 @@ def test_embed_search_and_look_after(weights_file, folder, tmp_path, command):
     assert "24 images, 16 numbers each in float32" in made.out
 
     found, drawn = tmp_path / "found.json", tmp_path / "found.png"
-    search = [
-        "search",
-        index,
-        "--image",
-        query,
-        "-k",
-        3,
-        "--copies",
-        "--json",
-        found,
-        "--contact-sheet",
-        drawn,
-    ]
+    search = ["search", index, "--image", query, "-k", 3, "--copies"]
+    search += ["--json", found, "--contact-sheet", drawn]
     assert command(*search).out.splitlines()[1].split()[1:3] == ["1.000", "red-bar.png"]
     hits = json.loads(found.read_text())["hits"]
     assert (hits[0]["key"], hits[0]["path"], len(hits)) == ("red-bar.png", str(query), 3)
@@ -198,13 +180,9 @@ def test_embed_search_and_look_after(weights_file, folder, tmp_path, command):
 
 def test_lines_into_a_pipe_are_neither_cut_nor_wrapped(weights_file, folder, tmp_path, command):
     caption, index = " ".join(["a red circle"] * 60), tmp_path / ("a long name " * 10)
-    (tmp_path / "pairs.jsonl").write_text(
-        json.dumps({"image": "shapes/red-circle.png", "caption": caption}) + "\n"
-    )
-    assert (
-        command("embed", weights_file, tmp_path / "pairs.jsonl", "--out", index, "--quiet").status
-        == 0
-    )
+    row = {"image": "shapes/red-circle.png", "caption": caption}
+    pairs = write_rows(tmp_path / "pairs.jsonl", [row])
+    assert command("embed", weights_file, pairs, "--out", index, "--quiet").status == 0
     _, line = command("search", index, "red").out.splitlines()
     assert line.rstrip().endswith(caption)
     assert str(index) in command("index", "show", index).out.splitlines()[0]
@@ -231,7 +209,7 @@ def test_nothing_is_imported_before_it_is_used(folder, tmp_path):
     search = "import declip.search.index as i"
     for name, model in (("own", own), ("encoder", DualEncoder(recipe))):
         write_declip_file(model, file := tmp_path / f"{name}.safetensors")
-        declip.embed(file, folder, out=tmp_path / name, workers=0)
+        declip.embed(file, folder, out=tmp_path / name)
         search += f"\ni.Index.open({str(tmp_path / name)!r}).search('red', k=3)"
         # The text tower alone finds what the model finds.
         parts, whole = Index.open(tmp_path / name), Index.open(tmp_path / name, model=file)
@@ -253,9 +231,7 @@ def test_a_file_name_that_no_table_can_hold_is_refused(folder, weights_file, tmp
     """A table is UTF-8, so it cannot name the file; with "?" in its place it would name another one."""
     (folder / "red-bar.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
     table = tmp_path / "choose.csv"
-    refused = command("choose", weights_file, folder, "--out", table, "--index", tmp_path / "index")
-    assert (refused.status, "caf\N{REPLACEMENT CHARACTER}.png" in refused.err) == (2, True), (
-        refused.err
-    )
-    assert "Rename" in refused.err
+    told = ["caf\N{REPLACEMENT CHARACTER}.png", "Rename"]
+    words = ["choose", weights_file, folder, "--out", table, "--index", tmp_path / "index"]
+    command.refused(told, *words)
     assert not table.exists()

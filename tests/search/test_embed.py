@@ -43,22 +43,18 @@ class Interrupted(FolderSource):
         return super().opened(key, entry)
 
 
-def test_vectors_are_the_models_and_keys_the_sources(model, folder, tmp_path):
-    index = declip.embed(model, folder, out=tmp_path / "index", dtype="float32", batch_size=7)
+def test_vectors_are_the_models_and_keys_the_sources(embed, model, folder):
+    index = embed(folder, dtype="float32", batch_size=7)
     names = sorted(path.name for path in folder.iterdir())
+    images = [Image.open(folder / name).convert("RGB") for name in names]
     with torch.no_grad():
-        expected = model.encode_image(
-            model.preprocess([Image.open(folder / name).convert("RGB") for name in names])
-        )
+        expected = model.encode_image(model.preprocess(images))
     assert index.keys() == names
     torch.testing.assert_close(index.vectors(index.ids), expected, rtol=0, atol=1e-5)
-    half = declip.embed(model, folder, out=tmp_path / "half", batch_size=7)
+    half = embed(folder, "half", batch_size=7)
     assert torch.equal(half.vectors(half.ids), index.vectors(index.ids).half().float())
-    row = index.row(3)
-    assert (row.origin.path, row.origin.size) == (
-        str(folder / names[3]),
-        (folder / names[3]).stat().st_size,
-    )
+    origin, file = index.row(3).origin, folder / names[3]
+    assert (origin.path, origin.size) == (str(file), file.stat().st_size)
     assert "Without caption: 24" in index.summary()
 
 
@@ -67,67 +63,63 @@ def test_an_index_in_another_precision_is_searched_and_updated(
 ):
     # Emulated where it is false
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    index = declip.embed(weights_file, folder, out=tmp_path / "index", device="cpu")
-    assert index.info.precision == "bf16"
-    found = declip.Index.open(tmp_path / "index", device="cpu").search(
-        image=folder / "red-bar.png", k=24, copies=True
-    )
+    embed = partial(declip.embed, weights_file, folder, out=tmp_path / "index", device="cpu")
+    assert embed().info.precision == "bf16"
+    index = declip.Index.open(tmp_path / "index", device="cpu")
+    found = index.search(image=folder / "red-bar.png", k=24, copies=True)
     (own,) = (hit.score for hit in found if hit.key == "red-bar.png")
     assert own == pytest.approx(1.0, abs=1e-3)
     draw("red", "bar").resize((60, 60)).save(folder / "zoomed.png")
-    index = declip.embed(
-        weights_file, folder, out=tmp_path / "index", device="cpu", precision="fp32"
-    )
+    index = embed(precision="fp32")
     assert (len(index), index.info.precision) == (25, "fp32")
     assert "computed in fp32" in index.summary()
 
 
-def test_a_stopped_call_continues(model, folder, tmp_path, caplog):
+def test_a_stopped_call_continues(embed, model, folder, tmp_path, caplog):
     for name in ("black-bar.png", "blue-bar.png"):  # tried again
         (folder / name).write_bytes(b"no image")
     read = []
     for stop in (12, 10):
         source = Interrupted(folder, stop)
         with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING, "declip"):
-            declip.embed(model, source, out=tmp_path / "stopped", batch_size=3)
+            embed(source, "stopped", batch_size=3)
         assert "the same command continues" in caplog.text
         refuses("does not exist", declip.Index.open, tmp_path / "stopped", model=model)
         read.append(source.read)
     names = sorted(path.name for path in folder.iterdir())
     rest = [names[index] for index in (0, 4, *range(12, 20))]
     assert read == [names[:12], rest], "the rest, and the broken ones"
-    declip.embed(model, Interrupted(folder), out=tmp_path / "stopped", batch_size=3, workers=2)
-    declip.embed(model, Interrupted(folder), out=tmp_path / "whole", batch_size=3)
+    embed(Interrupted(folder), "stopped", batch_size=3, workers=2)
+    embed(Interrupted(folder), "whole", batch_size=3)
     stopped, whole = contents(tmp_path / "stopped"), contents(tmp_path / "whole")
     assert stopped.pop("index.json") != whole.pop("index.json"), "the time of creation differs"
     assert stopped == whole, "with worker processes or without"
 
 
-def test_two_processes_share_the_cache(model, folder, tmp_path):
+def test_two_processes_share_the_cache(embed, folder):
     source = Interrupted(folder)
     for out in ("one", "two"):
-        declip.embed(model, source, out=tmp_path / out)
+        embed(source, out)
     assert len(source.read) == 24, "read once"
 
 
-def test_blocks_do_not_stay_open(model, folder, tmp_path, monkeypatch):
+def test_blocks_do_not_stay_open(embed, folder, monkeypatch):
     monkeypatch.setattr(embedding, "GROUP_ROWS", 1)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 12, limits[1]))
     try:
-        assert len(declip.embed(model, folder, out=tmp_path / "index", workers=0)) == 24
+        assert len(embed(folder)) == 24
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_later_calls_embed_what_is_new_or_changed_and_drop_what_is_gone(model, folder, tmp_path):
-    out = tmp_path / "index"
-    first = declip.embed(model, folder, out=out, dtype="float32")
+def test_later_calls_embed_what_is_new_or_changed_and_drop_what_is_gone(embed, folder):
+    first = embed(folder, dtype="float32")
     ids, vectors = dict(zip(first.keys(), first.ids, strict=True)), first.vectors(first.ids)
     draw("pink", "bar").save(folder / "aa-new.png")
     draw("gold", "circle").save(folder / "red-bar.png")
     (folder / "red-square.png").unlink()
-    index = declip.embed(model, folder, out=out, dtype="float32")
+    index = embed(folder, dtype="float32")
     assert sorted(index.keys()) == sorted(path.name for path in folder.iterdir())
     assert index.search(image=draw("gold", "circle"), k=1)[0].key == "red-bar.png"
     kept = sorted(ids.keys() - {"red-bar.png", "red-square.png"})
@@ -139,8 +131,8 @@ def test_later_calls_embed_what_is_new_or_changed_and_drop_what_is_gone(model, f
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / "a.png").write_bytes(b"no image")
-    refuses("None of the 1 images", declip.embed, model, folder, out=out, dtype="float32")
-    assert len(declip.Index.open(out)) == 24
+    refuses("None of the 1 images", embed, folder, dtype="float32")
+    assert len(declip.Index.open(index.folder)) == 24
 
 
 def opened_until(index, done, count):
@@ -154,36 +146,36 @@ def opened_until(index, done, count):
     count.put(number)
 
 
-def test_an_index_opens_while_it_is_updated(model, folder, tmp_path):
-    out, done = tmp_path / "index", tmp_path / "done"
-    declip.embed(model, folder, out=out)
+def test_an_index_opens_while_it_is_updated(embed, folder, tmp_path):
+    done = tmp_path / "done"
+    index = embed(folder).folder
     fork = multiprocessing.get_context("fork")
-    reader = fork.Process(target=opened_until, args=(out, done, count := fork.SimpleQueue()))
+    count = fork.SimpleQueue()
+    reader = fork.Process(target=opened_until, args=(index, done, count))
     reader.start()
     for number in range(6):
         draw("red", "bar", 40 + number).save(folder / "red-bar.png")
-        declip.embed(model, folder, out=out)
+        embed(folder)
     done.touch()
     reader.join()
     assert reader.exitcode == 0
     assert count.get() > 6
 
 
-def test_broken_images_are_counted_and_tried_again(model, folder, tmp_path):
+def test_broken_images_are_counted_and_tried_again(embed, folder, tmp_path):
     whole = (folder / "red-bar.png").read_bytes()
     (folder / "red-bar.png").write_bytes(whole[:60])
     (folder / "blue-bar.png").write_bytes(b"")
     (folder / "green-bar.png").write_bytes(b"no image")
-    index = declip.embed(model, folder, out=tmp_path / "index")
+    index = embed(folder)
     assert (len(index), index.summary().count("Left out")) == (21, 2)
     assert "Left out: 1 × unreadable image, such as green-bar.png" in index.summary()
     (folder / "red-bar.png").write_bytes(whole)
-    index = declip.embed(model, folder, out=tmp_path / "index")
+    index = embed(folder)
     assert (len(index), "red-bar.png" in index.summary()) == (22, False)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"x")
-    none = {"source": tmp_path / "broken", "out": tmp_path / "none"}
-    refuses("None of the 1 images of 'broken'.* unreadable image", declip.embed, model, **none)
+    refuses("None of the 1 .* 'broken'.* unreadable image", embed, tmp_path / "broken", "none")
 
 
 def test_another_option_model_source_or_folder_is_refused(model, folder, table, tmp_path):
@@ -207,20 +199,18 @@ def test_another_option_model_source_or_folder_is_refused(model, folder, table, 
     assert contents(tmp_path / "index") == before
 
 
-def test_repaired_captions_and_other_objects_are_embedded_again(model, tmp_path):
+def test_repaired_captions_and_other_objects_are_embedded_again(embed, tmp_path):
     table = tmp_path / "pairs.csv"
     for number, color in enumerate(("red", "blue")):
         draw(color, "bar", 40).save(tmp_path / f"{number}.png")
     for word in ("wrong", "right"):
         table.write_text(f"image,caption\n0.png,{word}\n1.png,blue bar\n")
-        index = declip.embed(model, table, out=tmp_path / "index", captions=True)
+        index = embed(table, captions=True)
         assert [index.row(id).caption for id in index.ids.tolist()] == [word, "blue bar"]
     objects = [[(draw(color, "bar", 40), "a bar")] for color in ("red", "green")]
-    one, other = (declip.embed(model, each, out=tmp_path / "objects") for each in objects)
+    one, other = (embed(each, "objects") for each in objects)
     assert not torch.equal(one.vectors(one.ids), other.vectors(other.ids))
-    index = declip.embed(
-        model, [("1.png", "a bar")], out=tmp_path / "named", columns=Columns(root=tmp_path)
-    )
+    index = embed([("1.png", "a bar")], "named", columns=Columns(root=tmp_path))
     assert (index.keys(), index.row(0).origin.path) == (["1.png"], str(tmp_path / "1.png"))
 
 
@@ -233,10 +223,10 @@ class Changing(FolderSource):
         return super().opened(key, entry)
 
 
-def test_an_image_that_changes_while_it_is_read_is_embedded_again(model, folder, tmp_path):
-    declip.embed(model, Changing(folder), out=tmp_path / "index")
+def test_an_image_that_changes_while_it_is_read_is_embedded_again(embed, model, folder):
+    embed(Changing(folder))
     source = Interrupted(folder)
-    index = declip.embed(model, source, out=tmp_path / "index")
+    index = embed(source)
     assert source.read == [source[0].key], "the first one only"
     expected = model.encode_image(model.preprocess([draw("gold", "circle", 50)]))
     assert float(index.vectors([0]) @ expected[0]) == pytest.approx(1, abs=1e-3)
@@ -248,28 +238,28 @@ XMP = (
 )
 
 
-def test_an_update_decodes_no_file_whose_size_and_time_are_as_before(model, tmp_path, monkeypatch):
-    folder, out = tmp_path / "photos", tmp_path / "index"
+def test_an_update_decodes_no_file_whose_size_and_time_are_as_before(embed, tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
     folder.mkdir()
     for name in ("a", "b"):
         draw("red", "bar").save(folder / f"{name}.webp", xmp=XMP.encode())
     (folder / "b.txt").write_text("one")
-    index = declip.embed(model, folder, out=out)
+    index = embed(folder)
     assert [row.caption for row in index.rows([0, 1])] == ["a red bar", "one"]
     (folder / "b.txt").write_text("other")
     batches, encode = [], embedding.encode_batches
     monkeypatch.setattr(
         embedding, "encode_batches", lambda *given: batches.extend(given[3]) or encode(*given)
     )
-    index = declip.embed(model, folder, out=out)
+    index = embed(folder)
     assert not batches
     assert [row.caption for row in index.rows([0, 1])] == ["a red bar", "other"]
     (folder / "b.txt").unlink()
-    assert declip.embed(model, folder, out=out).rows([1])[0].caption == "a red bar"
+    assert embed(folder).rows([1])[0].caption == "a red bar"
 
 
-def test_captions_get_the_mean_of_their_vectors(model, table, tmp_path):
-    index = declip.embed(model, table, out=tmp_path / "index", captions=True, dtype="float32")
+def test_captions_get_the_mean_of_their_vectors(embed, model, table):
+    index = embed(table, captions=True, dtype="float32")
     with torch.no_grad():
         texts = model.encode_text(model.tokenize(list(index.row(5).captions)))
     mean = torch.nn.functional.normalize(texts.mean(0), dim=-1)
@@ -277,56 +267,51 @@ def test_captions_get_the_mean_of_their_vectors(model, table, tmp_path):
     assert (found[0].item(), found[1].item()) == (5, pytest.approx(1, abs=1e-5))
 
 
-def test_shards_that_come_later_and_share_names(model, tmp_path):
+def test_shards_that_come_later_and_share_names(embed, tmp_path):
     def shard(folder, *colors):
-        members = [(f"{n}.{kind}", data) for n, c in enumerate(colors) for kind, data in
-                   (("png", encoded(draw(c, "bar"))), ("txt", c.encode()))]  # fmt: skip
+        members = []
+        for number, color in enumerate(colors):
+            members.append((f"{number}.png", encoded(draw(color, "bar"))))
+            members.append((f"{number}.txt", color.encode()))
         write_tar(tmp_path / folder / "0.tar", members)
 
-    pattern, out = str(tmp_path / "*" / "*.tar"), tmp_path / "index"
+    pattern = str(tmp_path / "*" / "*.tar")
     shard("b", "red", "green")
-    declip.embed(model, pattern, out=out, captions=True)
+    embed(pattern, captions=True)
     shard("a", "blue", "black")  # moves the others
-    index = declip.embed(model, pattern, out=out, captions=True)
+    index = embed(pattern, captions=True)
     assert sorted(index.row(id).caption for id in index.ids) == ["black", "blue", "green", "red"]
     for id in index.ids:
         assert index.image(id).tobytes() == draw(index.row(id).caption, "bar").tobytes()
     shutil.copy(tmp_path / "b" / "0.tar", tmp_path / "a" / "1.tar")
-    declip.embed(model, tmp_path / "b", out=tmp_path / "one")
+    embed(tmp_path / "b", "one")
     shutil.copy(tmp_path / "a" / "0.tar", tmp_path / "b" / "1.tar")
-    assert declip.embed(model, tmp_path / "b", out=tmp_path / "one").ids.tolist() == [0, 1, 2, 3]
+    assert embed(tmp_path / "b", "one").ids.tolist() == [0, 1, 2, 3]
 
 
-def test_cells_of_a_table_that_have_moved_are_embedded_again(model, folder, tmp_path):
+def test_cells_of_a_table_that_have_moved_are_embedded_again(embed, folder, tmp_path):
     paths = [path for path in sorted(folder.iterdir()) if "red" in path.name]
-    table, out = tmp_path / "bytes.parquet", tmp_path / "index"
+    table = tmp_path / "bytes.parquet"
     cells = {
         "image": [path.read_bytes() for path in paths],
         "caption": ["a bar", None, "a square", "a triangle"],
     }
     pq.write_table(pa.table(cells), table)
-    assert declip.embed(model, table, out=out).row(1).captions == (), (
-        "a caption that is missing breaks no image"
-    )
-    pq.write_table(
-        pa.table({name: [column[3], *column[:3]] for name, column in cells.items()}), table
-    )
-    moved = declip.embed(model, table, out=out)
-    assert [moved.row(id).captions for id in moved.ids] == [
-        ("a triangle",),
-        ("a bar",),
-        (),
-        ("a square",),
-    ]
-    plain = declip.embed(model, table, out=tmp_path / "plain", columns=Columns(caption=None))
+    assert embed(table).row(1).captions == (), "a caption that is missing breaks no image"
+    moved = {name: [column[3], *column[:3]] for name, column in cells.items()}
+    pq.write_table(pa.table(moved), table)
+    moved = embed(table)
+    captions = [moved.row(id).captions for id in moved.ids]
+    assert captions == [("a triangle",), ("a bar",), (), ("a square",)]
+    plain = embed(table, "plain", columns=Columns(caption=None))
     assert [plain.row(id).captions for id in plain.ids] == [()] * 4
 
 
-def test_an_index_keeps_its_columns_of_captions(model, folder, tmp_path):
+def test_an_index_keeps_its_columns_of_captions(embed, folder, tmp_path):
     (tmp_path / "t.csv").write_text(f"image,title,kind\n{next(folder.glob('*.png'))},a bar,red")
-    given, out = Columns(caption=["title", "a {kind} bar"]), tmp_path / "index"
+    given = Columns(caption=["title", "a {kind} bar"])
     for _ in range(2):
-        index = declip.embed(model, tmp_path / "t.csv", out=out, captions=True, columns=given)
+        index = embed(tmp_path / "t.csv", captions=True, columns=given)
     assert index.row(0).captions == ("a bar", "a red bar")
 
 
@@ -356,7 +341,7 @@ def test_a_call_that_is_killed_at_any_moment_leaves_an_index_or_continues(
     update, model, tmp_path, monkeypatch
 ):
     photos, results = tmp_path / "photos", []
-    embed = partial(declip.embed, model, photos, workers=0)
+    embed = partial(declip.embed, model, photos)
     photos.mkdir()
     for name in "abc":
         draw("red", "bar", 30 + ord(name)).save(photos / f"{name}.png")
@@ -373,10 +358,8 @@ def test_a_call_that_is_killed_at_any_moment_leaves_an_index_or_continues(
         for aside in tmp_path.glob(f".{number}.*.old"):  # the process that made it is gone
             aside.rename(tmp_path / f".{number}.4194305.old")
         if update:
-            assert sorted(declip.Index.open(out).keys()) in (
-                ["a.png", "b.png", "c.png"],
-                ["b.png", "c.png", "d.png"],
-            )
+            keys = sorted(declip.Index.open(out).keys())
+            assert keys in (["a.png", "b.png", "c.png"], ["b.png", "c.png", "d.png"])
         embed(out=out)
         results.append(contents(out))
         results[-1].pop("index.json")

@@ -45,8 +45,7 @@ def test_the_command_prints_and_writes_them(explained, tmp_path, command):
     assert "both resemble" in printed
     picture = tmp_path / "orange.png"
     texture(0).save(picture)
-    refused = command("search", explained.folder, "--image", picture, "--why")
-    assert (refused.status, "Give a text" in refused.err) == (2, True)
+    command.refused(["Give a text"], "search", explained.folder, "--image", picture, "--why")
 
 
 def test_a_name_of_several_pairs_is_said_once(explained):
@@ -70,5 +69,5 @@ def test_anchors_of_a_fit_are_its_captions(tmp_path):
 def test_a_model_without_neighbors_is_refused(weights_file, tmp_path):
     (tmp_path / "pictures").mkdir()
     texture(0).save(tmp_path / "pictures/0.png")
-    index = declip.embed(weights_file, tmp_path / "pictures", out=tmp_path / "index", workers=0)
+    index = declip.embed(weights_file, tmp_path / "pictures", out=tmp_path / "index")
     refuses("no known pairs or classes.*--why", index.explain, "red", index.search("red"))

@@ -26,8 +26,8 @@ from indices import tiny_model, write_index
 
 
 @pytest.fixture
-def made(model, folder, tmp_path):
-    return declip.embed(model, folder, out=tmp_path / "index", dtype="float32")
+def made(embed, folder):
+    return embed(folder, dtype="float32")
 
 
 def brute(index, query):
@@ -42,20 +42,18 @@ def test_search_by_text_image_and_both(made, model, folder):
         text = model.encode_text(model.tokenize(["a red bar"]))[0].double().numpy()
         image = model.encode_image(model.preprocess([query_image]))[0].double().numpy()
     both = 0.7 * text + 0.3 * image
-    for hits, query in (
-        (made.search("a red bar", k=5, copies=True), text),
-        (made.search(image=folder / "red-bar.png", k=5, copies=True), image),
-        (made.search(query_image, k=5, copies=True), image),
-        (
-            made.search("a red bar", query_image, weights=(0.7, 0.3), k=5, copies=True),
-            both / np.linalg.norm(both),
-        ),
+    both /= np.linalg.norm(both)
+    for asked, query in (
+        ({"text": "a red bar"}, text),
+        ({"image": folder / "red-bar.png"}, image),
+        ({"text": query_image}, image),
+        ({"text": "a red bar", "image": query_image, "weights": (0.7, 0.3)}, both),
     ):
+        hits = made.search(**asked, k=5, copies=True)
         expected = brute(made, query)[:5]
-        assert [hit.id for hit in hits] == [id_ for id_, _ in expected]
-        np.testing.assert_allclose(
-            [hit.score for hit in hits], [score for _, score in expected], atol=1e-5
-        )
+        assert [hit.id for hit in hits] == [id for id, _ in expected]
+        scores = [score for _, score in expected]
+        np.testing.assert_allclose([hit.score for hit in hits], scores, atol=1e-5)
     found = made.search(image=query_image, k=4, copies=True)
     assert found[0].key == "red-bar.png"
     assert made.nearest(made.vectors([found[0].id]), 4)[0][0].tolist() == [hit.id for hit in found]
@@ -69,19 +67,16 @@ def test_images_are_found_by_key_and_no_path_in_the_index_is_opened(
     made, folder, tmp_path, monkeypatch
 ):
     refuses("no image with the id", made.image, 24)
-    row, before = made.row(10), made.image(10)
+    row = made.row(10)
+    before = made.image(10)
     Image.new("RGB", (8, 8)).save(folder / "a-first.png")
     assert np.array_equal(Index.open(made.folder, source=folder).image(10), before), (
         "places have moved"
     )
     (folder / row.key).rename(tmp_path / "secret.png")
     moved = Index.open(made.folder)
-    for forged in (
-        row,
-        replace(
-            row, key="../secret.png", origin=row.origin._replace(path=f"{tmp_path}/secret.png")
-        ),
-    ):
+    secret = row.origin._replace(path=f"{tmp_path}/secret.png")
+    for forged in (row, replace(row, key="../secret.png", origin=secret)):
         monkeypatch.setattr(moved, "row", lambda id, forged=forged: forged)
         refuses("is no longer in 'shapes'", moved.image, 10)
 
@@ -107,7 +102,8 @@ class Copies(PairSource):
 
 
 def test_of_several_images_with_the_key_the_first_is_read(made):
-    (hit,) = (hit for hit in made.search("red", k=24, copies=True) if hit.key == "red-bar.png")
+    hits = made.search("red", k=24, copies=True)
+    hit = next(hit for hit in hits if hit.key == "red-bar.png")
     assert hit.index > 2
     assert Index.open(made.folder, source=Copies()).image(hit.id).getpixel((0, 0)) == (0, 0, 0)
 
@@ -131,9 +127,8 @@ def test_projections_that_are_computed_on_another_machine_are_the_same_model():
     other.image_tower.proj.weight.data *= 1 + 1e-6
     name = "image_tower.proj.weight"
     for model in (one, other):
-        model.published = PublishedHeads(
-            "digests of published files", {name: model.state_dict()[name].clone()}
-        )
+        heads = {name: model.state_dict()[name].clone()}
+        model.published = PublishedHeads("digests of published files", heads)
     assert fingerprint(one) == fingerprint(other)
     other.image_tower.proj.weight.data *= 1 + 1e-6  # trained since
     assert fingerprint(one) != fingerprint(other)
@@ -159,7 +154,7 @@ def test_a_bad_query_says_why(made):
         refuses(message, made.search, **arguments)
 
 
-def test_damage_is_said(made, model, folder):
+def test_damage_is_said(made, embed, folder):
     path, files = made.folder / INDEX_FILE, made.folder
     tree = json.loads(path.read_text())
     npy, rows = (files / "vectors.npy").read_bytes(), (files / "rows.parquet").read_bytes()
@@ -189,7 +184,7 @@ def test_damage_is_said(made, model, folder):
         file.write_bytes(whole)
     (files / "vectors.npy").unlink()
     refuses("is missing", Index.open, made.folder)
-    assert len(declip.embed(model, folder, out=made.folder, dtype="float32")) == 24
+    assert len(embed(folder, dtype="float32")) == 24
     refuses("not a complete index", Index.open, made.folder.parent)
 
 
@@ -203,53 +198,39 @@ def test_a_table_that_expands_is_refused(made):
         refuses("not written by declip", Index.open, made.folder)
 
 
-def test_a_source_that_is_an_object_has_to_be_given_again(model, table, tmp_path):
+def test_a_source_that_is_an_object_has_to_be_given_again(embed, table, tmp_path):
     source = open_source(table)
-    made = declip.embed(model, source, out=tmp_path / "index")
+    made = embed(source)
     assert made.image(0).size == (40, 40)
     refuses("open the index with source=", Index.open(tmp_path / "index").image, 0)
     photos = [(draw("red", "bar"), "a red bar"), (draw("blue", "circle"), "a blue circle")]
-    declip.embed(model, photos, out=tmp_path / "photos")
-    assert (
-        Index.open(tmp_path / "photos", source=photos).image(1).tobytes() == photos[1][0].tobytes()
-    )
+    embed(photos, "photos")
+    image = Index.open(tmp_path / "photos", source=photos).image(1)
+    assert image.tobytes() == photos[1][0].tobytes()
     refuses("NaN", made.nearest, np.full((1, made.info.dimension), np.nan), 3)
 
 
 def test_the_sheet_shows_what_was_found(made, folder):
     hits = made.search(image=folder / "red-bar.png", k=9, copies=True)
-    drawn = search_sheet(
-        Index.open(made.folder), hits, "like red-bar.png", Image.new("RGB", (50, 50), "lime")
-    )
+    lime = Image.new("RGB", (50, 50), "lime")
+    drawn = search_sheet(Index.open(made.folder), hits, "like red-bar.png", lime)
     pixels = np.asarray(drawn).reshape(-1, 3)
     assert (pixels == (0, 255, 0)).all(1).sum() > 1000, "what was asked with"
     assert (pixels == (255, 0, 0)).all(1).sum() > 500, "what was found"
 
 
 def test_a_sheet_of_images_that_are_gone_is_an_error(weights_file, folder, command, tmp_path):
-    made = declip.embed(weights_file, folder, out=tmp_path / "index", workers=0)
-    sheet = tmp_path / "sheet.png"
-    search = (
-        "search",
-        made.folder,
-        "--image",
-        draw_to(tmp_path / "query.png"),
-        "-k",
-        2,
-        "--copies",
-        "--contact-sheet",
-        sheet,
-    )
-    first = command(*search[:-2]).out
-    second = made.search(image=tmp_path / "query.png", k=2, copies=True)[1].key
+    made = declip.embed(weights_file, folder, out=tmp_path / "index")
+    query, sheet = draw_to(tmp_path / "query.png"), tmp_path / "sheet.png"
+    search = ("search", made.folder, "--image", query, "-k", 2, "--copies")
+    first = command(*search).out
+    second = made.search(image=query, k=2, copies=True)[1].key
     (folder / second).unlink()
-    refused = command(*search)
-    assert (refused.status, refused.out, sheet.exists()) == (2, first, False)
-    assert f"'{second}'" in refused.err
-    assert "declip embed" in refused.err
+    told = [f"'{second}'", "declip embed"]
+    assert command.refused(told, *search, "--contact-sheet", sheet).out == first
     folder.rename(tmp_path / "moved")
-    refused = command(*search)
-    assert (refused.status, "--source" in refused.err, sheet.exists()) == (2, True, False)
+    command.refused(["--source"], *search, "--contact-sheet", sheet)
+    assert not sheet.exists()
 
 
 def draw_to(path):
@@ -257,10 +238,10 @@ def draw_to(path):
     return path
 
 
-def test_the_summary_of_an_open_index_outlives_an_update(made, folder):
+def test_the_summary_of_an_open_index_outlives_an_update(made, embed, folder):
     before = made.summary()
     draw_to(folder / "new.png")
-    declip.embed(made.model, folder, out=made.folder, dtype="float32", workers=0)
+    embed(folder, dtype="float32")
     assert len(Index.open(made.folder)) == len(made) + 1
     assert made.summary() == before
 
@@ -292,16 +273,17 @@ def test_nearest_equals_a_loop_in_float64(dtype, monkeypatch):
 
     products = queries.numpy().astype(np.float64) @ vectors.numpy().astype(np.float64).T
     for row, own in enumerate(products):
-        best = sorted((-score, int(ids[at])) for at, score in enumerate(own) if not dead[at])[:10]
-        assert found[row].tolist() == [id_ for _, id_ in best]
+        alive = [(-score, int(ids[at])) for at, score in enumerate(own) if not dead[at]]
+        best = sorted(alive)[:10]
+        assert found[row].tolist() == [id for _, id in best]
         np.testing.assert_allclose(scores[row], [-score for score, _ in best], rtol=1e-5)
 
 
 def test_few_vectors_give_few_results():
-    vectors, ids = torch.tensor([1.0, 0, 1, 1])[:, None].expand(4, 8), torch.tensor([2, 5, 7, 9])
-    assert (
-        nearest(torch.ones(2, 8), ids, vectors, 10, skip_zeros=True)[0].tolist() == [[2, 7, 9]] * 2
-    )
+    vectors = torch.tensor([1.0, 0, 1, 1])[:, None].expand(4, 8)
+    ids = torch.tensor([2, 5, 7, 9])
+    found, _ = nearest(torch.ones(2, 8), ids, vectors, 10, skip_zeros=True)
+    assert found.tolist() == [[2, 7, 9]] * 2
     assert nearest(torch.ones(1, 8), torch.arange(0), torch.ones(0, 8), 3)[0].shape == (1, 0)
 
 
@@ -310,9 +292,9 @@ def test_rows_are_read_in_the_order_of_ids(tmp_path, monkeypatch):
         monkeypatch.setattr(f"declip.search.{module}.GROUP_ROWS", 7)
     index = write_index(tmp_path / "index", torch.eye(40))
     ids = [39, 0, 13, 7, 13, 6]
-    assert [(row.id, row.key, row.captions, row.index) for row in index.rows(ids)] == [
-        (id, f"key {id}", (f"caption {id}",), id) for id in ids
-    ]
+    for id, row in zip(ids, index.rows(ids), strict=True):
+        assert (row.id, row.key, row.index) == (id, f"key {id}", id)
+        assert row.captions == (f"caption {id}",)
     assert index.rows([]) == []
     refuses("id 40", index.rows, [3, 40])
 
