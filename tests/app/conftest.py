@@ -30,6 +30,12 @@ def ask(state, **options):
     return TestClient(build(state, "127.0.0.1"), base_url=PAGE, headers={"Origin": PAGE}, **options)
 
 
+def assert_refused(answer, part, status=400):
+    """An answer that says in a sentence what is wrong."""
+    assert answer.status_code == status, answer.text
+    assert part in answer.json()["error"]
+
+
 @pytest.fixture
 def state(shared):
     """The state without the comparisons of earlier tests."""

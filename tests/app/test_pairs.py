@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 import declip
-from app.conftest import ask
+from app.conftest import ask, assert_refused
 from conftest import TINY, refuses, tiny_tree
 from declip.app.pairs import PairsQuestion, compare_captions, disagreeing, find_similar
 from declip.app.server import open_state
@@ -39,12 +39,9 @@ def test_exchanged_captions_disagree_most(made_up):
     assert set(found.ids[:2].tolist()) == {5, 6}
     assert (len(found.ids), 7 in found.ids, found.ranked) == (59, False, False)
     assert found.captions == [made_up.index.row(id).caption for id in found.ids]
-    own = (
-        (made_up.index.vectors(found.ids) * made_up.index.vectors(found.ids, "captions"))
-        .sum(1)
-        .numpy()
-    )
-    np.testing.assert_allclose(found.values, own, atol=1e-6)
+    images = made_up.index.vectors(found.ids)
+    texts = made_up.index.vectors(found.ids, "captions")
+    np.testing.assert_allclose(found.values, (images * texts).sum(1), atol=1e-6)
     assert int((found.values < found.limit).sum()) == 2
 
 
@@ -55,23 +52,31 @@ def test_each_of_several_captions_has_a_cosine_of_its_own(state):
     np.testing.assert_allclose(found.values, (images * texts).sum(1).numpy(), atol=1e-3)
 
 
-def with_ranks(run, ranks):
-    with (run / "out_of_fold.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [("key", "caption", "rank"), *((*pair, f"{rank:.4f}") for pair, rank in ranks)]
-        )
+@pytest.fixture
+def captions(shared):
+    """The id, key and text of each caption of the index."""
+    rows = shared.index.rows(shared.index.ids)
+    return [(row.id, row.key, text) for row in rows for text in row.captions]
 
 
-def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(tiny_run, shared, tmp_path):
+@pytest.fixture
+def ranked(tiny_run, shared, tmp_path):
+    """Gives the state of a run whose cross-validation has a rank for each of some keys and texts."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    captions = [
-        (row.id, row.key, text)
-        for row in map(shared.index.row, shared.index.ids)
-        for text in row.captions
-    ]
-    ranks = [((key, text), (47 - number) / 48) for number, (_, key, text) in enumerate(captions)]
-    with_ranks(run, ranks[:36])
-    with ask(AppState(shared.index, str(run))) as client:
+
+    def judged(ranks):
+        with (run / "out_of_fold.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(("key", "caption", "rank"))
+            table.writerows((key, text, f"{rank:.4f}") for (_, key, text), rank in ranks)
+        return AppState(shared.index, str(run))
+
+    return judged
+
+
+def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(ranked, captions):
+    ranks = [(caption, (47 - number) / 48) for number, caption in enumerate(captions)]
+    with ask(ranked(ranks[:36])) as client:
         answer = client.get("/api/pairs/disagreeing?limit=0.5").json()
         preset = client.get("/api/pairs/disagreeing").json()
         assert "was trained on" not in client.get("/pairs").text
@@ -83,39 +88,28 @@ def test_pairs_that_a_run_was_trained_on_are_judged_out_of_fold(tiny_run, shared
     )
     assert answer["rows"][0]["value"] == pytest.approx(47 / 48, abs=1e-4)
     assert (preset["limit"] > 0.9, preset["total"]) == (True, 1)
-    with_ranks(run, ranks[:12])  # of another source, mostly
-    with ask(AppState(shared.index, str(run))) as client:
+    with ask(ranked(ranks[:12])) as client:  # of another source, mostly
         assert not client.get("/api/pairs/disagreeing").json()["ranked"]
         assert "was trained on" in client.get("/pairs").text
 
 
-def test_a_right_caption_is_not_listed_for_a_wrong_one_of_its_image(tiny_run, shared, tmp_path):
+def test_a_right_caption_is_not_listed_for_a_wrong_one_of_its_image(ranked, captions):
     """Image 3 has a wrong second caption; the first is the best of all."""
-    run = shutil.copytree(tiny_run, tmp_path / "run")
-    rows = [
-        (row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions
-    ]
-    wrong = shared.index.row(3)
-    with_ranks(
-        run, [(pair, 1.0 if pair == (wrong.key, wrong.captions[1]) else 0.1) for pair in rows]
-    )
-    with ask(AppState(shared.index, str(run))) as client:
+    wrong = captions[7]
+    ranks = [(caption, 1.0 if caption == wrong else 0.1) for caption in captions]
+    with ask(ranked(ranks)) as client:
         answer = client.get("/api/pairs/disagreeing").json()
         written = client.post("/api/pairs/list", json={"image and caption disagree": [3]}).json()
-    assert [(row["id"], row["captions"]) for row in answer["rows"]] == [(3, [wrong.captions[1]])]
+    assert [(row["id"], row["captions"]) for row in answer["rows"]] == [(3, [wrong[2]])]
     with open(written["drop"]) as file:
-        assert json.loads(file.read())["caption"] == wrong.captions[1]
+        assert json.loads(file.read())["caption"] == wrong[2]
 
 
-def test_no_more_than_a_fiftieth_of_right_captions_is_listed(tiny_run, shared, tmp_path):
+def test_no_more_than_a_fiftieth_of_right_captions_is_listed(ranked, captions):
     """Also where ranks are bad throughout; where they are good, only those of more than 0.5."""
-    run = shutil.copytree(tiny_run, tmp_path / "run")
-    rows = [
-        (row.key, text) for row in map(shared.index.row, shared.index.ids) for text in row.captions
-    ]
     for worst, listed in ((1.0, 1), (0.45, 0)):
-        with_ranks(run, [(pair, worst * number / 47) for number, pair in enumerate(rows)])
-        assert len(disagreeing(AppState(shared.index, str(run)), PairsQuestion())["rows"]) == listed
+        ranks = [(caption, worst * number / 47) for number, caption in enumerate(captions)]
+        assert len(disagreeing(ranked(ranks), PairsQuestion())["rows"]) == listed
 
 
 def test_similar_images_are_those_of_all_with_all(made_up):
@@ -166,57 +160,46 @@ def test_the_page_gets_the_worst_pairs_and_the_groups(client, state):
         assert client.get(f"/api/pairs/{wrong}").status_code == 400, wrong
 
 
-MARKED = {"image and caption disagree": [3, 1], "near-duplicate image": [3, 8]}
+DISAGREE, DUPLICATE = "image and caption disagree", "near-duplicate image"
+MARKED = {DISAGREE: [3, 1], DUPLICATE: [3, 8]}
 
 
 def test_the_list_has_keys_and_reasons_and_all_other_pairs_are_a_source(client, state):
-    for tree in (
-        {},
-        {"other": [1]},
-        *({"near-duplicate image": ids} for ids in (["x"], [99], [-1])),
-    ):
+    for tree in ({}, {"other": [1]}, *({DUPLICATE: ids} for ids in (["x"], [99], [-1]))):
         assert client.post("/api/pairs/list", json=tree).status_code == 400, tree
     found = compare_captions(state)
     client.get("/api/pairs/disagreeing")
     written = client.post("/api/pairs/list", json=MARKED).json()
     with open(written["drop"]) as file:
         rows = [json.loads(line) for line in file]
-    assert [(row["key"], row["index"]) for row in rows] == [
-        (state.index.row(n).key, n) for n in (1, 3, 8)
-    ]
-    assert [row["reason"] for row in rows] == ["image and caption disagree"] * 2 + [
-        "near-duplicate image"
-    ]
-    assert rows[0]["cosine"] == pytest.approx(
-        float(found.values[found.ids.tolist().index(1)]), abs=1e-4
-    )
+    keys = state.index.keys()
+    assert [(row["key"], row["index"]) for row in rows] == [(keys[n], n) for n in (1, 3, 8)]
+    assert [row["reason"] for row in rows] == [DISAGREE, DISAGREE, DUPLICATE]
+    cosine = found.values[found.ids.tolist().index(1)]
+    assert rows[0]["cosine"] == pytest.approx(float(cosine), abs=1e-4)
     others = open_source(written["rest"])
     assert len(others) == written["count"] == 21
-    assert {others[n].key for n in range(21)} == {
-        row.key for row in state.index.rows(state.index.ids)
-    } - {row["key"] for row in rows}
+    assert {others[n].key for n in range(21)} == {*keys} - {row["key"] for row in rows}
 
 
 def test_a_list_can_be_shortened_again_and_trained_on(client, state, tiny_run, tmp_path):
     first = client.post("/api/pairs/list", json=MARKED).json()["rest"]
     again = open_state(str(tiny_run), first, tmp_path / "again")
     with ask(again) as second:
-        written = second.post("/api/pairs/list", json={"near-duplicate image": [0]}).json()
+        written = second.post("/api/pairs/list", json={DUPLICATE: [0]}).json()
     keys = [open_source(written["rest"])[n].key for n in range(written["count"])]
-    assert keys == [state.index.row(n).key for n in range(24) if n not in (0, 1, 3, 8)]
-    recipe = Recipe.model_validate(
-        tiny_tree(written["rest"]) | {"train": TINY["train"] | {"steps": 2}}
-    )
+    assert keys == [key for n, key in enumerate(state.index.keys()) if n not in (0, 1, 3, 8)]
+    tree = tiny_tree(written["rest"], train=TINY["train"] | {"steps": 2})
+    recipe = Recipe.model_validate(tree)
     run = declip.train(recipe, out=tmp_path / "run", progress=False, report=False)
     assert run.examples["source"]["pairs"] == 20
 
 
 def test_a_list_of_a_source_that_has_changed_or_of_all_pairs_is_refused(made_up, client):
     with ask(made_up) as asked:  # of an index without a source
-        answer = asked.post("/api/pairs/list", json={"near-duplicate image": [1]})
-    assert (answer.status_code, "Python object" in answer.json()["error"]) == (400, True)
-    answer = client.post("/api/pairs/list", json={"near-duplicate image": list(range(24))})
-    assert (answer.status_code, "all pairs" in answer.json()["error"]) == (400, True)
+        assert_refused(asked.post("/api/pairs/list", json={DUPLICATE: [1]}), "Python object")
+    answer = client.post("/api/pairs/list", json={DUPLICATE: list(range(24))})
+    assert_refused(answer, "all pairs")
 
 
 def test_a_comparison_is_made_once_and_ends_with_the_server(state):

@@ -1,6 +1,7 @@
 """Embedding of batches in other programs, and indices of the Parquet files that they write."""
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,10 @@ def write_rows(path, rows):
     return path
 
 
+def embed_exactly(model, source, out):
+    return declip.embed(model, source, out=out, dtype="float32", precision="fp32")
+
+
 @pytest.fixture
 def rows(folder):
     """The 24 images as bytes, a path, a PIL image or an array, and three broken rows."""
@@ -36,9 +41,7 @@ def rows(folder):
 
 
 def test_an_embedder_returns_a_row_for_each_row(rows, weights_file, folder, tmp_path, monkeypatch):
-    index = declip.embed(
-        weights_file, folder, out=tmp_path / "index", dtype="float32", precision="fp32"
-    )
+    index = embed_exactly(weights_file, folder, tmp_path / "index")
     monkeypatch.chdir(weights_file.parent)
     embedder = declip.Embedder(weights_file.name, precision="fp32")
     monkeypatch.chdir(tmp_path)
@@ -77,28 +80,25 @@ def test_an_index_of_parquet_files(rows, weights_file, folder, tmp_path, monkeyp
         batch_size=7,
         remove_columns=given.column_names,
     )
-    for number, span in enumerate((range(5), range(5, 24))):
-        made.select(span).to_parquet(str(tmp_path / f"{number}.parquet"))
     # The first file has errors alone
-    made.select(range(24, 27)).to_parquet(str(tmp_path / "-.parquet"))
-    files, out = str(tmp_path / "*.parquet"), tmp_path / "index"
-    index = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
-    own = declip.embed(
-        weights_file, folder, out=tmp_path / "own", dtype="float32", precision="fp32"
+    for name, span in {"-": range(24, 27), "0": range(5), "1": range(5, 24)}.items():
+        made.select(span).to_parquet(str(tmp_path / f"{name}.parquet"))
+    out = tmp_path / "index"
+    from_parquet = partial(
+        declip.Index.from_parquet, str(tmp_path / "*.parquet"), model=weights_file, out=out
     )
+    index = from_parquet(dtype="float32")
+    own = embed_exactly(weights_file, folder, tmp_path / "own")
     assert (index.keys(), index.info.precision) == (own.keys(), "fp32")
     assert torch.allclose(index.vectors(index.ids), own.vectors(own.ids), atol=1e-6)
     assert index.info.skipped["reasons"]["missing image"] == {"count": 1, "examples": ["y"]}
-    assert [hit.key for hit in index.search("red", k=5)] == [
-        hit.key for hit in own.search("red", k=5)
-    ]
+    hits = [[hit.key for hit in each.search("red", k=5)] for each in (index, own)]
+    assert hits[0] == hits[1]
     refuses("--source", index.image, 3)
     assert declip.Index.open(out, source=folder).image(3).tobytes() == own.image(3).tobytes()
-    again = declip.Index.from_parquet(files, model=weights_file, out=out, dtype="float32")
-    assert len(again) == 24
-    refuses("--overwrite", declip.Index.from_parquet, files, model=weights_file, out=out)
-    half = declip.Index.from_parquet(files, model=weights_file, out=out, overwrite=True)
-    assert half.info.dtype == "float16"
+    assert len(from_parquet(dtype="float32")) == 24
+    refuses("--overwrite", from_parquet)
+    assert from_parquet(overwrite=True).info.dtype == "float16"
 
 
 def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
@@ -116,35 +116,34 @@ def test_parquet_files_that_are_refused(rows, weights_file, tmp_path, command):
         "width": ({"vector": [*vectors[:3], vectors[3][:8]]}, "8 or 16 numbers|16 or 8 numbers"),
         "text": ({"vector": ["a"] * 4}, "vectors in .*as `declip.Embedder`"),
     }
+    from_parquet = declip.Index.from_parquet
+    out = tmp_path / "index"
     for name, (columns, message) in changed.items():
         path = write_rows(tmp_path / f"{name}.parquet", {**made, **columns})
-        refuses(
-            message, declip.Index.from_parquet, path, model=weights_file, out=tmp_path / "index"
-        )
+        refuses(message, from_parquet, path, model=weights_file, out=out)
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "less.parquet")
     good = write_rows(tmp_path / "good.parquet", made)
     (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-20])
-    for path, model, message in (("less", weights_file, "no column 'vector'"), ("cut", weights_file, "not a Parquet"),
-                                 ("good", tmp_path / "other.safetensors", "another model")):  # fmt: skip
-        files, out = tmp_path / f"{path}.parquet", tmp_path / "index"
-        refused = command("index", "from-parquet", files, "--model", model, "--out", out)
-        assert (refused.status, message in " ".join(refused.err.split())) == (2, True), refused.err
+    words = ["index", "from-parquet", "--out", out, "--model"]
+    for path, model, message in (
+        ("less", weights_file, "no column 'vector'"),
+        ("cut", weights_file, "not a Parquet"),
+        ("good", tmp_path / "other.safetensors", "another model"),
+    ):
+        command.refused([message], *words, model, tmp_path / f"{path}.parquet")
     (tmp_path / "empty").mkdir()
-    refuses(
-        "no .parquet", declip.Index.from_parquet, tmp_path / "empty", model=weights_file, out=out
-    )
+    refuses("no .parquet", from_parquet, tmp_path / "empty", model=weights_file, out=out)
     assert not (out / "index.json").exists()
-    assert (
-        "4 images"
-        in command("index", "from-parquet", good, "--model", weights_file, "--out", out).out
-    )
+    assert "4 images" in command(*words, weights_file, good).out
 
 
 @pytest.fixture
 def shards(folder, tmp_path):
     """Two shards of twelve images."""
-    members = [(f"{n:02d}.{kind}", data) for n, path in enumerate(sorted(folder.iterdir()))
-               for kind, data in (("png", path.read_bytes()), ("txt", path.stem.encode()))]  # fmt: skip
+    members = []
+    for number, path in enumerate(sorted(folder.iterdir())):
+        members.append((f"{number:02d}.png", path.read_bytes()))
+        members.append((f"{number:02d}.txt", path.stem.encode()))
     for number in range(2):
         write_tar(tmp_path / f"shards/{number}.tar", members[24 * number : 24 * number + 24])
     return tmp_path / "shards"
@@ -153,23 +152,18 @@ def shards(folder, tmp_path):
 def test_numbers_of_a_source_are_embedded_in_any_order(weights_file, shards, tmp_path):
     embedder = declip.Embedder(weights_file, source=shards, precision="fp32")
     for start in (12, 0, 18, 6):  # as Ray Data calls workers
-        write_rows(
-            tmp_path / f"rows/{start}.parquet", embedder({"id": np.arange(start, start + 6)})
-        )
+        ids = np.arange(start, start + 6)
+        write_rows(tmp_path / f"rows/{start}.parquet", embedder({"id": ids}))
     index = declip.Index.from_parquet(
         tmp_path / "rows", model=weights_file, out=tmp_path / "made", dtype="float32"
     )
-    whole = declip.embed(
-        weights_file, shards, out=tmp_path / "whole", precision="fp32", dtype="float32"
-    )
+    whole = embed_exactly(weights_file, shards, tmp_path / "whole")
     order = np.argsort(index.keys())
     assert [index.keys()[at] for at in order] == whole.keys()
     assert (index.vectors(index.ids[order]) - whole.vectors(whole.ids)).abs().max() < 1e-6
     found = declip.Index.open(index.folder, source=shards)
-    assert (
-        found.image(0).tobytes()
-        == found.image(int(found.search(image=found.image(0), k=1)[0].id)).tobytes()
-    )
+    (hit,) = found.search(image=found.image(0), k=1)
+    assert found.image(hit.id).tobytes() == found.image(0).tobytes()
     refuses("no image 24", embedder, {"id": [23, 24]})
 
 
@@ -179,13 +173,8 @@ def test_rows_of_two_states_of_a_folder_are_refused(weights_file, folder, tmp_pa
     (folder / "red-triangle.png").rename(folder / "a-new.png")
     _open.cache_clear()  # as in another process
     write_rows(tmp_path / "rows/12.parquet", embedder({"id": range(12, 24)}))
-    refuses(
-        "1 ids are in several rows",
-        declip.Index.from_parquet,
-        tmp_path / "rows",
-        model=weights_file,
-        out="index",
-    )
+    from_parquet, rows = declip.Index.from_parquet, tmp_path / "rows"
+    refuses("1 ids are in several rows", from_parquet, rows, model=weights_file, out="index")
 
 
 def test_the_example_for_an_array_of_jobs(weights_file, folder, tmp_path, monkeypatch):
