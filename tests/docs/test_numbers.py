@@ -46,9 +46,13 @@ def load(name):
     )
 
 
+def rows_of(name, **values):
+    """The rows with these values."""
+    return [row for row in load(name) if values.items() <= row.items()]
+
+
 def pick(name, **values):
-    """The first row with these values."""
-    return next(row for row in load(name) if values.items() <= row.items())
+    return rows_of(name, **values)[0]
 
 
 NAMES = ("best class name", "five class names", "ConSE")
@@ -90,8 +94,8 @@ def readme():
     """No pairs and all pairs of each set, by declip; of icons without neighbors."""
     known = {row["set"] for row in load("few/neighbors.jsonl")}
     for name in sorted({row["set"] for row in load("few/rivals.jsonl")}):
-        rows = load("few/neighbors.jsonl" if name in known else "few/rivals.jsonl")
-        ours = [row for row in rows if (row["set"], row["method"]) == (name, "declip finetune")]
+        file = "few/neighbors.jsonl" if name in known else "few/rivals.jsonl"
+        ours = rows_of(file, set=name, method="declip finetune")
         most, held_out = max(row["pairs"] for row in ours), ours[0]["held_out"]
         fitted = [row for row in ours if row["pairs"] == most]
         start = [row for row in ours if row["pairs"] == 0]
@@ -140,7 +144,7 @@ def demo():
 
 def demo_seeds(dataset):
     """Top-1 of the demo in bfloat16, by seed."""
-    rows = [row for row in load("demo-bf16.jsonl") if row["dataset"] == dataset]
+    rows = rows_of("demo-bf16.jsonl", dataset=dataset)
     return [100 * row["top1"] for row in sorted(rows, key=itemgetter("seed"))]
 
 
@@ -254,16 +258,14 @@ def loading():
         "declip, colors left to the device",
         "declip, all on the CPU",
         "Pillow and torchvision",
+        "open_clip's view, twice",
     )
     for title, size in (
         ("photographs of 500 × 375", "500 x 375"),
         ("2,048 × 1,536", "2048 x 1536"),
     ):
         where = {"pictures": f"photographs, {size}"}
-        rows = [
-            pick("speed/loader.jsonl", what=what, **where)
-            for what in (*columns, "open_clip's view, twice")
-        ]
+        rows = [pick("speed/loader.jsonl", what=what, **where) for what in columns]
         yield title, [row["per_second"] for row in rows]
 
 
@@ -316,40 +318,31 @@ def few_shot():
 def keep():
     titles = {"clipart": ("clip art", "photographs"), "emoji-test": ("emoji", "stamps")}
     for name, (own, kept) in titles.items():
-        rows = [row for row in load("few/keep.jsonl") if row["set"] == name and row["pairs"] > 124]
+        rows = [row for row in rows_of("few/keep.jsonl", set=name) if row["pairs"] > 124]
         assert {row["alpha"] for row in rows if row["chosen"]} == {1}
         pairs = f"{own}, {rows[0]['pairs']:,} pairs fitted"
         for title, n, keys in (
             (pairs, "held_out", ("r1", "r10")),
             (f"{kept}, kept", "kept", ("kept_r1", "kept_r10")),
         ):
-            by_alpha = (
-                [row for row in rows if row["alpha"] == alpha] for alpha in (0, 0.25, 0.5, 0.75, 1)
-            )
-            yield (
-                title,
-                [
-                    rows[0][n],
-                    *(mean(row[key] for row in each) for each in by_alpha for key in keys),
-                ],
-            )
+            numbers = [rows[0][n]]
+            for alpha in (0, 0.25, 0.5, 0.75, 1):
+                own = [row for row in rows if row["alpha"] == alpha]
+                numbers += [mean(row[key] for row in own) for key in keys]
+            yield title, numbers
 
 
 def wrong_pairs():
     """Right captions listed without wrong ones; then recall and precision of the list, by the share of wrong ones."""
-    rows = [row for row in load("few/wrong-pairs.jsonl") if row["by"] == "out-of-fold rank"]
     for name in ("stamps-photos", "clipart", "emoji-test"):
         numbers = []
         for share in (0.0, 0.05, 0.1, 0.2):
-            own = [row for row in rows if (row["set"], row["share"]) == (name, share)]
-            right, wrong = (
-                sum(row[key][0] for row in own) for key in ("right_listed", "wrong_listed")
-            )
+            own = rows_of("few/wrong-pairs.jsonl", by="out-of-fold rank", set=name, share=share)
+            right = sum(row["right_listed"][0] for row in own)
+            wrong = sum(row["wrong_listed"][0] for row in own)
             if share:
-                numbers += [
-                    100 * wrong / sum(row["wrong"] for row in own),
-                    100 * wrong / (right + wrong),
-                ]
+                all_wrong = sum(row["wrong"] for row in own)
+                numbers += [100 * wrong / all_wrong, 100 * wrong / (right + wrong)]
             else:
                 numbers.append(100 * right / sum(row["right"] for row in own))
         yield TITLES.get(name, name), numbers
@@ -382,12 +375,8 @@ def assert_equal(printed, values, where):
 
 @pytest.mark.parametrize("check", TABLES, ids=lambda check: check.__name__)
 def test_a_table_has_the_numbers_of_its_raw_file(check):
-    [table] = [
-        table
-        for page in PAGES.values()
-        for name, table in MARKED.findall(page)
-        if name == check.__name__
-    ]
+    marked = [each for page in PAGES.values() for each in MARKED.findall(page)]
+    [table] = [table for name, table in marked if name == check.__name__]
     expected = dict(check())
     for line in table.splitlines()[2:]:
         title, cells = re.sub(r"[`*]", "", line).strip("| ").split(" | ", 1)
@@ -409,26 +398,28 @@ def languages():
         pick("few/languages.jsonl", language=code)["text_to_image"]
         for code in ("en", "de", "fr", "zh_CN")
     ]
-    chance = [mean(row[key] for row in rows) for key in ("chance1", "chance10")]
-    return [
-        100 * number for number in [*(row[key] for row in rows for key in ("r1", "r10")), *chance]
-    ]
+    numbers = [row[key] for row in rows for key in ("r1", "r10")]
+    numbers += [mean(row[key] for row in rows) for key in ("chance1", "chance10")]
+    return [100 * number for number in numbers]
 
 
 def fitting_seconds():
     """Medians with 101 and 1,000 images while the host gave little to others, and with 101 large ones."""
-    rows = [
-        row
-        for row in load("speed/finetune.jsonl")
-        if row.get("commits", {}).get("after") == "359423b4"
-    ]
-    times, large = {101: [], 1_000: []}, next(row["after"] for row in rows if "pixels" in row)
+    rows = [row for row in load("speed/finetune.jsonl") if "359423b4" in str(row.get("commits"))]
+    large = next(row["after"] for row in rows if "pixels" in row)
+    times = {101: [], 1_000: []}
     for row in rows:
         taken = row["stolen_%"]["after"] if "stolen_%" in row else []
-        times[row["images"]] += [
-            one for one, stolen in zip(row["after"], taken, strict=False) if stolen < 1.5
-        ]
+        for seconds, stolen in zip(row["after"], taken, strict=False):
+            if stolen < 1.5:
+                times[row["images"]].append(seconds)
     return [*map(median, times.values()), median(large)]
+
+
+def clipart_fitted():
+    """R@1 and R@10 with all pairs, then with none."""
+    numbers = dict(readme())["clip art, 1,197 pairs, 300 held-out images"]
+    return numbers[2:] + numbers[:2]
 
 
 def started(dataset, *keys):
@@ -453,20 +444,16 @@ def steps():
         "demo-declip",
     )
     for name in names:
-        rows = [
-            row
-            for row in load("muon/methods.jsonl")
-            if row["recipe"] == name and "loss_weights" not in row
-        ]
-        rows = [row for row in rows if (row["pairs"], row["steps"]) == (1400, 1000)]
-        yield mean({row["seed"]: 100 * row["emoji-test top1"] for row in rows}.values())
+        rows = rows_of("muon/methods.jsonl", recipe=name, pairs=1400, steps=1000)
+        top1 = {r["seed"]: r["emoji-test top1"] for r in rows if "loss_weights" not in r}
+        yield 100 * mean(top1.values())
 
 
 def many_icons():
     """Top-1 with 64,000 icons, of CLIP's loss and of DeCLIP's."""
     for name in ("demo-clip", "demo-declip with keywords"):
-        rows = [row for row in load("muon/methods.jsonl") if row["recipe"] == name]
-        yield mean(100 * row["icons-test top1"] for row in rows if row["pairs"] == 64_000)
+        rows = rows_of("muon/methods.jsonl", recipe=name, pairs=64_000)
+        yield mean(100 * row["icons-test top1"] for row in rows)
 
 
 TUNED = "demo-clip", "demo-filip", "demo-slip", "demo-declip-official", "demo-defilip"
@@ -475,11 +462,7 @@ TUNED = "demo-clip", "demo-filip", "demo-slip", "demo-declip-official", "demo-de
 def tuned():
     """Top-1 of methods without label smoothing, each with its own learning rate, with 5,600 pairs."""
     for name in TUNED:
-        rows = [
-            row
-            for row in load("studies/emoji-five.jsonl")
-            if (row["recipe"], row["pairs"]) == (name, 5600)
-        ]
+        rows = rows_of("studies/emoji-five.jsonl", recipe=name, pairs=5600)
         yield mean(row["builtin:emoji-test: zero-shot top-1"] for row in rows)
 
 
@@ -488,11 +471,9 @@ def contained(name, *keys, first_seed=0):
     rows = [
         row for row in load(f"few/{name}") if keys[0] in row and row.get("seed", -1) >= first_seed
     ]
-    inside = [
-        row[key][1] <= row[truth] <= row[key][2]
-        for row in rows
-        for key, truth in zip(keys[::2], keys[1::2], strict=True)
-    ]
+    inside = []
+    for key, truth in zip(keys[::2], keys[1::2], strict=True):
+        inside += [row[key][1] <= row[truth] <= row[key][2] for row in rows]
     return sum(inside), len(inside)
 
 
@@ -526,10 +507,7 @@ NUMBERS = {  # by the key of their markers, in the order of the page
         set="stamps-photos",
         neighbors=True,
     )["whole"],
-    "clipart_fitted": lambda: (
-        dict(readme())["clip art, 1,197 pairs, 300 held-out images"][2:]
-        + dict(readme())["clip art, 1,197 pairs, 300 held-out images"][:2]
-    ),
+    "clipart_fitted": clipart_fitted,
     "words": lambda: [*words("all words")],
     "kinds": lambda: pick("few/kinds.jsonl", what="names")["top1"],
     "demo_seeds": lambda: [fold(demo_seeds("builtin:emoji-test")) for fold in (min, max)],
@@ -575,11 +553,8 @@ def test_markers_of_numbers_are_complete(page):
     text = PAGES[page]
     opened = re.findall(r"<!--n:(\w+)-->", text)
     assert set(opened) <= NUMBERS.keys()
-    assert (
-        len(opened)
-        == text.count("<!--/n-->")
-        == len(re.findall(rf"<!--n:\w+-->{NUMBER}<!--/n-->", text))
-    )
+    complete = re.findall(rf"<!--n:\w+-->{NUMBER}<!--/n-->", text)
+    assert len(opened) == text.count("<!--/n-->") == len(complete)
 
 
 def test_the_table_of_models_has_the_numbers_of_recipes_and_raw_files():
@@ -595,15 +570,9 @@ def test_the_table_of_models_has_the_numbers_of_recipes_and_raw_files():
             comment = (library / f"{recipe}.yaml").read_text(encoding="utf-8").replace("\n# ", " ")
             assert f"README: {row['reported']} % {row['measure']} on {row['set']}" in comment
         if row["measured"]:
-            values = {"dataset": row["set"]}
-            if row["raw"] == "demo-equal-time.jsonl":
-                values["recipe"] = recipe
-            runs = [each for each in load(row["raw"]) if values.items() <= each.items()]
+            own = {"recipe": recipe} if row["raw"] == "demo-equal-time.jsonl" else {}
+            runs = rows_of(row["raw"], dataset=row["set"], **own)
             assert len(runs) == int(row["runs"]), row
             assert_equal([row["measured"]], [mean(100 * run["top1"] for run in runs)], row)
-            head = (
-                (ROOT / "benchmarks" / "results" / row["raw"])
-                .read_text(encoding="utf-8")
-                .splitlines()[0]
-            )
-            assert row["commit"] in head
+            raw = (ROOT / "benchmarks" / "results" / row["raw"]).read_text(encoding="utf-8")
+            assert row["commit"] in raw.partition("\n")[0]

@@ -113,13 +113,13 @@ def test_near_groups_are_those_of_comparing_all_with_all(generator):
         looks["coarse"][n], looks["fine"][n] = words[:2], words[2:]
         looks["tint"][n] = 100 + generator.integers(0, 20, 3)
     tints = looks["tint"].astype(int)
-    near = [
-        (i, j)
-        for i, j in combinations(range(len(looks)), 2)
-        if bits(looks, "coarse", i, j) <= COARSE_BITS
-        and bits(looks, "fine", i, j) <= FINE_BITS
-        and abs(tints[i] - tints[j]).max() <= TINT
-    ]
+
+    def is_near(i, j):
+        coarse, fine = (bits(looks, name, i, j) for name in ("coarse", "fine"))
+        tint = abs(tints[i] - tints[j]).max()
+        return coarse <= COARSE_BITS and fine <= FINE_BITS and tint <= TINT
+
+    near = [pair for pair in combinations(range(len(looks)), 2) if is_near(*pair)]
     assert 200 < len(near) < 600
     expected, found = components(len(looks), np.array(near).T), near_groups(looks)
     count = expected.max() + 1
