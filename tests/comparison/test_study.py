@@ -76,16 +76,15 @@ def test_a_later_call_for_something_else_is_refused(change, named, tmp_path):
 
 
 def test_numbers_of_pairs():
-    assert [read_counts(text) for text in ("1k,4K", "500, 2.5k,500", "1m")] == [
-        (1000, 4000),
-        (500, 2500),
-        (1_000_000,),
-    ]
+    assert read_counts("1k,4K") == (1000, 4000)
+    assert read_counts("500, 2.5k,500") == (500, 2500)
+    assert read_counts("1m") == (1_000_000,)
     for text in ("", "1k,", "many", "-5", "0", "1g"):
         refuses("is not a number of pairs", read_counts, text)
 
 
 PAIRS = (1000, 2000, 4000, 8000)
+LOWER, HIGHER = (0.1, 0.2, 0.3, 0.4), (0.2, 0.3, 0.4, 0.5)  # 0.1 per doubling: HIGHER needs half
 
 
 def _numbered(pairs, values):
@@ -97,17 +96,15 @@ def _curve(values, spread=0.0, pairs=PAIRS):
 
 
 def test_a_curve_shifted_by_log_pairs_gives_its_shift():
-    # Accuracy 0.1 per doubling; A reaches with n what B reaches with 2n.
-    a, b = _curve([0.2, 0.3, 0.4, 0.5]), _curve([0.1, 0.2, 0.3, 0.4])
+    a, b = _curve(HIGHER), _curve(LOWER)
     found = factor(a, b)
     assert [one.outside for one in found.at] == ["below", "", "", ""]
     assert [one.factor for one in found.at[1:]] == pytest.approx([2, 2, 2])
     assert found.mean == pytest.approx(2)
     assert (found.low, found.high) == pytest.approx((2, 2))
     inverse = factor(b, a)
-    assert (inverse.at[-1].needed, inverse.at[-1].outside) == (None, "above"), (
-        "nothing is extrapolated"
-    )
+    last = inverse.at[-1]
+    assert (last.needed, last.outside) == (None, "above"), "nothing is extrapolated"
     assert inverse.mean == pytest.approx(0.5)
     assert factor(_numbered((), ()), b).mean is None, "nothing is done yet"
     nothing = factor(_curve([0.6, 0.7, 0.8, 0.9]), b)
@@ -116,16 +113,14 @@ def test_a_curve_shifted_by_log_pairs_gives_its_shift():
 
 
 def test_between_two_sizes_it_is_linear_in_log_pairs():
-    means = np.array([0.1, 0.2, 0.3, 0.4])
+    means = np.array(LOWER)
     for value, pairs in ((0.25, 2000 * sqrt(2)), (0.2, 2000), (0.4, 8000), (0.1, 1000)):
         assert pairs_needed(PAIRS, means, value) == (pytest.approx(pairs), "")
     assert pairs_needed(PAIRS, means, 0.09) == (None, "below")
     assert pairs_needed(PAIRS, means, 0.41) == (None, "above")
     # A dip is made monotone: 0.3 and 0.2 pool to 0.25.
-    assert pairs_needed(PAIRS, np.array([0.1, 0.3, 0.2, 0.4]), 0.25) == (
-        pytest.approx(2000 * sqrt(2)),
-        "",
-    )
+    dipping = np.array([0.1, 0.3, 0.2, 0.4])
+    assert pairs_needed(PAIRS, dipping, 0.25) == (pytest.approx(2000 * sqrt(2)), "")
 
 
 def test_a_score_above_the_smoothed_curve_that_was_reached_is_inside():
@@ -167,7 +162,7 @@ def test_the_interval_is_student_t_of_each_seeds_log_factor():
 
 def test_seeds_are_paired_and_those_that_differ_give_no_interval():
     # What both variants have alike in a seed does not widen the interval.
-    found = factor(_curve([0.2, 0.3, 0.4, 0.5], 0.03), _curve([0.1, 0.2, 0.3, 0.4], 0.03))
+    found = factor(_curve(HIGHER, 0.03), _curve(LOWER, 0.03))
     assert (found.low, found.high) == pytest.approx((2, 2))
     a = curve_of({pairs: dict.fromkeys((0, 1), 0.1 * place) for place, pairs in enumerate(PAIRS)})
     for rows in (
@@ -190,9 +185,8 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(sizes, seeds):
     held = []
     for _ in range(400):
         shared, *own = 0.015 * sqrt(0.5) * generator.normal(size=(3, len(sizes), seeds))
-        found = factor(
-            *(_numbered(sizes, tuple(map(tuple, truth + shared + each))) for each in own)
-        )
+        curves = [_numbered(sizes, tuple(map(tuple, truth + shared + each))) for each in own]
+        found = factor(*curves)
         if found.low is not None and found.high is not None:
             held.append(found.low <= 1 <= found.high)
     assert len(held) > 266
@@ -204,9 +198,8 @@ def test_intervals_of_a_curve_are_student_t_and_sizes_rise():
     curve = _numbered((10,), ((1.0, 2.0, 3.0),))
     assert curve.half_widths == pytest.approx([2.48414], abs=1e-4)
     assert np.isnan(_numbered((10,), ((1.0,),)).half_widths).all()
-    assert curve_of({4: {0: 0.2}, 1: {0: 0.1}}) == EfficiencyCurve(
-        (1, 4), ((0.1,), (0.2,)), ((0,), (0,))
-    )
+    rising = EfficiencyCurve((1, 4), ((0.1,), (0.2,)), ((0,), (0,)))
+    assert curve_of({4: {0: 0.2}, 1: {0: 0.1}}) == rising
 
 
 def test_tuning_takes_the_most_pairs_and_one_seed_and_warns_at_either_edge(monkeypatch, caplog):

@@ -24,9 +24,8 @@ def test_rows_follow_the_source_and_broken_ones_are_counted(model, painted):
 
 
 def test_in_batches_in_evaluation_mode_without_gradient(model, painted):
-    encode_source(
-        as_encoder(model), painted(["red"] * 5, [(f"{n}",) for n in range(5)]), Batching(2)
-    )
+    source = painted(["red"] * 5, [(f"{n}",) for n in range(5)])
+    encode_source(as_encoder(model), source, Batching(2))
     assert [(kind, size) for kind, size, _, _ in model.passes] == [
         ("image", 2), ("image", 2), ("image", 1), ("text", 2), ("text", 2), ("text", 1),
     ]  # fmt: skip
@@ -69,31 +68,20 @@ def test_workers_change_nothing(model, painted, monkeypatch):
 
 def test_nothing_readable(model, painted):
     broken = painted(["red", "red"], broken=[0, 1])
-    refuses(
-        "'painted'.*2 pairs.*2 × truncated image",
-        encode_source,
-        as_encoder(model),
-        broken,
-        how=Batching(1),
-    )
+    reason = "'painted'.*2 pairs.*2 × truncated image"
+    refuses(reason, encode_source, as_encoder(model), broken, how=Batching(1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_are_refused_by_name(model, painted, value):
-    encode = model.encode_image
-    model.encode_image = lambda pixels: torch.where(
-        pixels.mean((2, 3))[:, 2:] > 0.9, value, encode(pixels)
-    )
-    source = painted(["red", "green", "red", "blue", "blue"])
-    refuses("image features are not finite", encode_source, as_encoder(model), source, Batching(2))
-    encode = model.encode_text
-    model.encode_text = lambda tokens: torch.where(
-        encode(tokens)[:, 2:] > 0.9, value, encode(tokens)
-    )
-    refuses(
-        "text features are not finite",
-        text_features,
-        as_encoder(model),
-        ["red", "green", "blue"],
-        Batching(2),
-    )
+    def spoil_blue(encode):
+        def spoiled(given):
+            features = encode(given)
+            return torch.where(features[:, 2:] > 0.9, value, features)
+
+        return spoiled
+
+    model.encode_image, model.encode_text = map(spoil_blue, (model.encode_image, model.encode_text))
+    encoder, colors = as_encoder(model), ["red", "green", "red", "blue", "blue"]
+    refuses("image features are not finite", encode_source, encoder, painted(colors), Batching(2))
+    refuses("text features are not finite", text_features, encoder, colors, Batching(2))

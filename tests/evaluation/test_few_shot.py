@@ -92,7 +92,8 @@ def test_the_accuracy_is_that_of_images_that_were_not_seen():
 
 
 def test_the_accuracy_of_a_fold_is_by_settings_from_the_other_folds():
-    forms, different = [FewShotForm(kappa, ridge) for kappa in NAME_WEIGHTS for ridge in RIDGES], 0
+    forms = [FewShotForm(weight, ridge) for weight in NAME_WEIGHTS for ridge in RIDGES]
+    different = 0
     for seed in range(4):
         examples = made_up(4, noise=1.5, names=1.0, seed=seed)
         folds, right = class_folds(examples.labels, np.arange(24)), 0
@@ -100,16 +101,13 @@ def test_the_accuracy_of_a_fold_is_by_settings_from_the_other_folds():
         for fold in range(4):
             held_out = folds == fold
             factors = mixture_factors(scores[:, ~held_out], examples.labels[~held_out])
-            other = fit_mixture(
-                examples.take(~held_out), dict(zip(forms, factors.tolist(), strict=True))
-            )
+            mixture = dict(zip(forms, factors.tolist(), strict=True))
+            other = fit_mixture(examples.take(~held_out), mixture)
             right += round(6 * accuracy(other, examples.take(held_out)))
         assert (head.accuracy.value, head.shots) == (right / 24, 3)
         factors = torch.tensor(list(head.mixture.values()))
-        different += (
-            int(((factors @ scores.flatten(1)).view(24, 6).argmax(1) == examples.labels).sum())
-            - right
-        )
+        predicted = (factors @ scores.flatten(1)).view(24, 6).argmax(1)
+        different += int((predicted == examples.labels).sum()) - right
     assert different > 0, "settings from all folds have seen the images: too high"
 
 
@@ -142,9 +140,8 @@ def test_classes_of_one_object_are_not_part_of_the_accuracy():
     assert (head.accuracy.n, head.unmeasured) == (30, 1)
     assert head.accuracy.value > 0.8
     # The accuracy of a single class would say nothing: all images may get its name.
-    one = fit_few_shot(
-        examples, groups=np.where(examples.labels > 0, 99 + examples.labels, np.arange(36))
-    )
+    groups = np.where(examples.labels > 0, 99 + examples.labels, np.arange(36))
+    one = fit_few_shot(examples, groups=groups)
     assert (one.accuracy, one.unmeasured) == (None, 5)
 
 
@@ -162,13 +159,8 @@ def test_the_protocol_gives_names_and_images(model, painted):
     assert read_result(result.to_dict()) == result
     refuses("shots", Options, shots=(0,))
     refuses("batch_size", Options, batch_size=0)
-    refuses(
-        r"train split.*few-shot",
-        evaluate_all,
-        model,
-        Dataset("x", {"test": lambda: train}),
-        ("few-shot",),
-    )
+    bare = Dataset("x", {"test": lambda: train})
+    refuses(r"train split.*few-shot", evaluate_all, model, bare, ("few-shot",))
 
 
 def test_the_protocol_equals_a_loop_over_draws(model, painted):
@@ -178,15 +170,14 @@ def test_the_protocol_equals_a_loop_over_draws(model, painted):
     train.colors[::6] = ["blue"] * 4  # half of the images of the first class
     dataset = Dataset("colors", {"train": lambda: train, "test": lambda: test})
     (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=(2,), progress=False))
-    seen, tested = (
-        encode_source(as_encoder(model), source, texts=False).images for source in (train, test)
-    )
+    encoder = as_encoder(model)
+    seen, tested = (encode_source(encoder, each, texts=False).images for each in (train, test))
     train_labels, test_labels = train.columns["label"], test.columns["label"]
     labels, truth = torch.from_numpy(train_labels), torch.from_numpy(test_labels)
     top1 = []
     for seed in range(5):
         chosen = torch.from_numpy(sample_per_class(train_labels, lambda count: 2, seed))
-        texts = class_features(as_encoder(model), names, ["{}"])
+        texts = class_features(encoder, names, ["{}"])
         head = fit_few_shot(Examples(seen[chosen], labels[chosen], texts, 0))
         top1.append(accuracy(head, Examples(tested, truth, texts, 0)))
     assert (result.names_top1, result.top1) == (0, pytest.approx(mean(top1)))

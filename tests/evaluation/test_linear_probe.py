@@ -75,9 +75,8 @@ def test_the_metric_of_the_set_chooses(metric, chosen):
     labels = torch.tensor([0] * 8 + [1] * 2)
     right = {0: labels == 0, 16: torch.arange(10) >= 3}
     uneven = Labeled(torch.zeros(10, 16), labels)
-    assert (
-        STEPS[sweep(KnownProblem(10, lambda step: right.get(step, 0)), uneven, metric).C] == chosen
-    )
+    problem = KnownProblem(10, lambda step: right.get(step, 0))
+    assert STEPS[sweep(problem, uneven, metric).C] == chosen
 
 
 def test_the_probe_is_scikit_learns_on_train_and_validation(data, result):
@@ -91,13 +90,8 @@ def test_the_probe_is_scikit_learns_on_train_and_validation(data, result):
     own = [(predicted[labels == c] == c).mean() for c in range(10)]
     assert result.mean_per_class == pytest.approx(np.mean(own))
     assert 0.8 < result.top1 < 0.97
-    assert (result.n, result.train, result.classes, result.chance, result.width) == (
-        300,
-        600,
-        10,
-        0.1,
-        16,
-    )
+    assert (result.n, result.train, result.classes, result.width) == (300, 600, 10, 16)
+    assert result.chance == 0.1
     assert (result.converged, result.validation) == (True, "validation split")
 
 
@@ -143,15 +137,12 @@ def test_the_minimum_is_scikit_learns_whatever_the_block(digits, monkeypatch, C,
     assert ours.converged
     size = np.abs(theirs.coef_).max()
     np.testing.assert_allclose(ours.weight, theirs.coef_, atol=2e-4 * size)
-    np.testing.assert_allclose(
-        ours.bias - ours.bias.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=1e-3
-    )
+    bias, intercept = (each - each.mean() for each in (ours.bias, theirs.intercept_))
+    np.testing.assert_allclose(bias, intercept, atol=1e-3)
     chances = ours.scores(features.double()).softmax(1)
     np.testing.assert_allclose(chances, theirs.predict_proba(features.double().numpy()), atol=2e-5)
-    assert (
-        ours.measure(Labeled(features, labels))[0]
-        == (theirs.predict(features.numpy()) == labels.numpy())
-    ).all()
+    right, _ = ours.measure(Labeled(features, labels))
+    assert np.array_equal(right, theirs.predict(features.numpy()) == labels.numpy())
 
 
 # At the last C the loss is 2e-5: 1 - p would have no digit left in float32.
@@ -163,13 +154,10 @@ def test_single_precision_finds_the_same_minimum(digits, C, near):
     assert quick.converged
     again = LogisticProblem(features, labels).fit(C, start=quick)
     assert again.iterations <= max(3, quick.iterations // 2)
-    assert _objective(features, labels, quick, C) == pytest.approx(
-        _objective(features, labels, exact, C), rel=near
-    )
-    difference = quick.scores(features.double()).softmax(1) - exact.scores(
-        features.double()
-    ).softmax(1)
-    assert float(difference.abs().max()) < 2e-3
+    least, found = (_objective(features, labels, each, C) for each in (exact, quick))
+    assert found == pytest.approx(least, rel=near)
+    chances = [each.scores(features.double()).softmax(1) for each in (quick, exact)]
+    torch.testing.assert_close(*chances, rtol=0, atol=2e-3)
 
 
 def test_classes_without_images_are_never_predicted(digits):
@@ -198,6 +186,5 @@ def test_what_cannot_be_fitted(digits):
 
 
 def _objective(features, labels, found, C):
-    return found.measure(Labeled(features.double(), labels))[1] + float(
-        found.weight.square().sum()
-    ) / (2 * C * len(labels))
+    _, loss = found.measure(Labeled(features.double(), labels))
+    return loss + float(found.weight.square().sum()) / (2 * C * len(labels))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.random import default_rng
 from timm.data import ImageNetInfo
+from torch.nn.functional import normalize
 
 from conftest import refuses
 from declip.evaluation.datasets import NAMED
@@ -29,15 +30,13 @@ def _unit(rows):
 
 
 def test_class_features_are_the_normalized_mean_of_normalized_ones(model):
-    found = class_features(
-        as_encoder(model), ["red", "blue"], ["{}", "{} and green", "white {} {}"]
-    )
-    red, green, blue, white = np.eye(3)[0], np.eye(3)[1], np.eye(3)[2], np.ones(3)
+    templates = ["{}", "{} and green", "white {} {}"]
+    found = class_features(as_encoder(model), ["red", "blue"], templates)
+    red, green, blue = np.eye(3)
 
     def mean(color):
-        return _unit(
-            np.mean([_unit(t + 1e-3) for t in (color, color + green, white + 2 * color)], axis=0)
-        )
+        texts = np.stack([color, color + green, 1 + 2 * color])
+        return _unit(_unit(texts + 1e-3).mean(axis=0))
 
     np.testing.assert_allclose(found.numpy(), [mean(red), mean(blue)], atol=1e-6)
     # Braces in a class name are only a name.
@@ -65,10 +64,8 @@ def test_numbers_equal_an_independent_computation():
 
 def test_of_classes_of_the_same_name_the_first_is_right_as_argmax_has_it():
     generator = torch.Generator().manual_seed(3)
-    classes = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=1)[
-        [4, 0, 1, 0, 2, 0]
-    ]
-    images = torch.nn.functional.normalize(torch.randn(200, 8, generator=generator), dim=1)
+    classes = normalize(torch.randn(6, 8, generator=generator), dim=1)[[4, 0, 1, 0, 2, 0]]
+    images = normalize(torch.randn(200, 8, generator=generator), dim=1)
     labels = default_rng(0).integers(0, 6, size=200)
     hit = (images @ classes.T).argmax(1).numpy() == labels
     result = classify(features_of(images), labels, classes)
@@ -93,17 +90,13 @@ DIGESTS = {
 
 
 def test_published_templates_and_names_are_unchanged():
-    texts = {
-        name: "\n".join([*(found := read_prompts(name)).templates, *found.classes.values()])
-        for name in DIGESTS
-    }
-    assert {
-        name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()
-    } == DIGESTS
+    for name, digest in DIGESTS.items():
+        found = read_prompts(name)
+        text = "\n".join([*found.templates, *found.classes.values()])
+        assert hashlib.sha256(text.encode()).hexdigest()[:12] == digest, name
     assert {named.templates for named in NAMED.values()} <= set(prompt_names())
-    assert list(read_prompts("imagenet").classes) == sorted(
-        ImageNetInfo("imagenet1k").label_names()
-    )
+    names = sorted(ImageNetInfo("imagenet1k").label_names())
+    assert list(read_prompts("imagenet").classes) == names
     for name in ("imagenet_a", "imagenet_r"):
         path = resources.files("timm.data") / "_info" / f"{name}_synsets.txt"
         assert wnids_of(name.replace("_", "-")) == sorted(path.read_text().split())
