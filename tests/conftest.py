@@ -1,5 +1,6 @@
 """What several tests share: the command, a small table of real picture files, recipes small enough for seconds."""
 
+import csv
 import ctypes
 import gc
 import io
@@ -141,6 +142,11 @@ def write_rows(path, rows):
     return path
 
 
+def read_table(path):
+    """The rows of a CSV file."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
 def write_table(path, rows):
     """Write a table of images and captions; each row is a line."""
     path.write_text("\n".join(["image,caption", *rows]) + "\n", encoding="utf-8")
@@ -236,7 +242,7 @@ WITHOUT_WORKERS = {"app", "benchmarks", "docs", "evaluation", "inspection", "sea
 
 @pytest.fixture(autouse=True)
 def cheap_defaults(request):
-    """Draw charts in the tests of reports alone: matplotlib takes a tenth of a second for each."""
+    """Draw charts in the tests of reports alone, which takes a tenth of a second; see `WITHOUT_WORKERS`."""
     with pytest.MonkeyPatch.context() as patch:
         if "reports" not in request.path.parts:
             patch.setattr("declip.reports.charts.Chart.svg", lambda *_: Markup("<svg></svg>"))

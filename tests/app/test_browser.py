@@ -1,6 +1,5 @@
 """The app in a browser: typing, dropping files, and the keyboard."""
 
-import csv
 import re
 import shutil
 import threading
@@ -11,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from app.conftest import NAMES
-from conftest import draw, write_table
+from conftest import draw, read_table, write_table
 from declip.app.server import address_of, build, take_port
 from declip.app.state import AppState
 from declip.data.sources.open import open_source
@@ -273,7 +272,7 @@ def test_images_are_captioned_without_a_mouse_through_a_restart_and_a_second_tab
         two = context.new_page()
         two.goto("/caption")
         expect(two.locator("#key")).to_have_text(f"{NAMES[31]}.png")
-        cell = next(row["image"] for row in rows_of(table) if NAMES[29] in row["image"])
+        cell = next(row["image"] for row in read_table(table) if NAMES[29] in row["image"])
         with table.open("a", encoding="utf-8") as file:
             file.write(f"{cell.replace(NAMES[29], NAMES[30])},written by hand\n")
         one.keyboard.type("mine")
@@ -293,7 +292,7 @@ def test_images_are_captioned_without_a_mouse_through_a_restart_and_a_second_tab
         one.set_viewport_size(PHONE)
         assert one.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         context.close()
-    rows = rows_of(table)
+    rows = read_table(table)
     assert len({row["image"] for row in rows}) == 31
     assert [row["caption"] for row in rows][-2:] == ["written by hand", "mine"]
     assert all(
@@ -320,7 +319,7 @@ def test_after_the_last_caption_the_page_says_what_to_run(browser, start, uncapt
 
 def test_a_saved_caption_is_changed_and_deleted(browser, start, tmp_path):
     def written():
-        return [row["caption"] for row in rows_of(tmp_path / "captions.csv")]
+        return [row["caption"] for row in read_table(tmp_path / "captions.csv")]
 
     with served(start()) as address:
         page = browser.new_context(base_url=address, viewport=PHONE).new_page()
@@ -363,7 +362,3 @@ def test_a_saved_caption_is_changed_and_deleted(browser, start, tmp_path):
         page.keyboard.press("Enter")
         expect(page.locator("#key")).to_have_text(f"{NAMES[1]}.png")
         assert [*filter(None, written())] == ["broccoli"]
-
-
-def rows_of(table):
-    return list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))

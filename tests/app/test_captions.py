@@ -1,6 +1,5 @@
 """Captioning images: what the page gets, what is written, and what is refused."""
 
-import csv
 import multiprocessing
 import os
 import re
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from app.conftest import NAMES, ask, assert_refused
-from conftest import draw, refuses
+from conftest import draw, read_table, refuses
 from declip.app.caption_table import CaptionFile, CaptionTable, Change
 from declip.app.server import open_state
 from declip.data.sources.open import open_source
@@ -55,7 +54,7 @@ def test_every_caption_is_in_the_table_and_a_restart_goes_on(start, path):
         first = get(client, "two", position=0)
         assert first["saved"] == ["caption 0", "another, “quoted”"]
         assert sorted(first["suggestions"]) == ["caption 1", "caption 2"], "not those that it has"
-    rows = list(csv.DictReader(path.read_text().splitlines()))
+    rows = read_table(path)
     assert rows[0] == {"note": "kept", "image": "elsewhere.png", "caption": "=1+1"}
     source = open_source(path)
     captions = [source[n].captions()[0] for n in range(len(source))]

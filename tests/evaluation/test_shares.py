@@ -1,6 +1,7 @@
 """Evaluation by several processes, each of which encodes a share: the results of one process."""
 
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -56,21 +57,22 @@ CASES = {
 }
 
 
-def measured_in_each_case(path, losses):
-    return {name: measured(path, losses, dict(how)) for name, how in CASES.items()}
+def measured_in_each_case(path):
+    found = {}
+    for loss, (name, how) in product(("contrastive", "late_interaction"), CASES.items()):
+        found[loss, name] = measured(path, {loss: 1.0}, dict(how))
+    return found
 
 
-@pytest.mark.parametrize("losses", [{"contrastive": 1.0}, {"late_interaction": 1.0}])
-def test_processes_share_the_images_and_find_what_one_finds(classified, tmp_path, losses):
-    alone = measured_in_each_case(classified, losses)
-    found = in_processes(measured_in_each_case, 2, tmp_path, classified, losses)
-    for name, (expected, encoded, _) in alone.items():
-        first, second = (each[name] for each in found)
-        assert first[0] == second[0] == expected, name
-        assert first[1] + second[1] == encoded, name
+def test_processes_share_the_images_and_find_what_one_finds(classified, tmp_path):
+    found = in_processes(measured_in_each_case, 2, tmp_path, classified)
+    for case, (expected, encoded, _) in measured_in_each_case(classified).items():
+        first, second = (each[case] for each in found)
+        assert first[0] == second[0] == expected, case
+        assert first[1] + second[1] == encoded, case
         assert len(encoded) == 2
-        is_sharded = "strategy" in CASES[name]
-        assert (first[2], second[2]) == (is_sharded, is_sharded), name
+        is_sharded = "strategy" in CASES[case[1]]
+        assert (first[2], second[2]) == (is_sharded, is_sharded), case
 
 
 def refused(path):

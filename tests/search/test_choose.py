@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 import declip
-from conftest import refuses, write_rows
+from conftest import read_table, refuses, write_rows
 from declip.data.sources.header import warn_once
 from declip.data.sources.open import open_source
 from declip.interchange.declip_file import write_declip_file
@@ -105,7 +105,7 @@ def test_the_table_is_one_of_pairs_once_it_has_captions(
     made = command(*words, "lists/first.csv", "--contact-sheet", "sheet.png")
     assert (made.status, "captioned before" in made.out) == (0, True), made.err
     assert Image.open("sheet.png").width > 1000
-    rows = list(csv.DictReader(Path("lists/first.csv").read_text().splitlines()))
+    rows = read_table(Path("lists/first.csv"))
     keys = [Path(row["image"]).name for row in rows]
     assert keys == [hit.key for hit in declip.choose(weights_file, folder, 24).images]
     assert {row["caption"] for row in rows} == {""}

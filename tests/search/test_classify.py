@@ -1,6 +1,5 @@
 """Classification of images by class names and by examples: numbers, tables, heads in files, and wrong input."""
 
-import csv
 import re
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 import declip
-from conftest import SHAPES, draw, refuses, texture
+from conftest import SHAPES, draw, read_table, refuses, texture
 from declip.data.images.decode import LazyJpeg
 from declip.data.sources.header import warn_once
 from declip.models.dual_encoder import DualEncoder
@@ -60,7 +59,7 @@ def test_a_table_has_every_probability(model, folder, tmp_path, classify, refuse
     words = ["--classes", tmp_path / "classes.txt", "--precision", "fp32", "--out"]
     made = classify(*words, tmp_path / "x.csv")
     assert (made.status, "26 images" in made.out, "unreadable image" in made.out) == (0, True, True)
-    rows = list(csv.DictReader((tmp_path / "x.csv").open()))
+    rows = read_table(tmp_path / "x.csv")
     assert [row["image"].lstrip("'") for row in rows] == [one.image for one in kept]
     assert [row["class"] for row in rows] == [one.best for one in kept]
     assert float(rows[3]["blue bar"]) == pytest.approx(kept[3].probabilities["blue bar"], rel=1e-5)
@@ -69,7 +68,7 @@ def test_a_table_has_every_probability(model, folder, tmp_path, classify, refuse
         refused([".csv"], *words, tmp_path / wrong)
         assert not (tmp_path / wrong).exists()
     declip.classify(model, folder, ["=1+1", "b"], out=tmp_path / "x.csv", overwrite=True)
-    rows = list(csv.DictReader((tmp_path / "x.csv").open()))
+    rows = read_table(tmp_path / "x.csv")
     assert all(row[row["class"]] == row["probability"] for row in rows)
 
 

@@ -1,13 +1,12 @@
 """What an image and a query both resemble."""
 
-import csv
 import json
 
 import torch
 from torch.nn.functional import normalize
 
 import declip
-from conftest import refuses, texture
+from conftest import read_table, refuses, texture
 from declip.runs.fitted import HEADS, KNOWN
 from declip.search.explain import anchor_names, resembled
 from indices import START
@@ -37,8 +36,7 @@ def test_the_command_prints_and_writes_them(explained, tmp_path, command):
     hits = json.loads((tmp_path / "hits.json").read_text())["hits"]
     expected = explained.explain("an orange", explained.search("an orange"))
     assert [tuple(hit["resembles"]) for hit in hits] == [hit.resembles for hit in expected]
-    with (tmp_path / "hits.csv").open(encoding="utf-8", newline="") as table:
-        named = [row["both resemble"] for row in csv.DictReader(table)]
+    named = [row["both resemble"] for row in read_table(tmp_path / "hits.csv")]
     assert named == ["; ".join(hit.resembles) for hit in expected]
     first = next(hit.resembles[0] for hit in expected if hit.resembles)
     assert first in printed

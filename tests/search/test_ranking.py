@@ -1,6 +1,5 @@
 """Hits as a person sees them: near copies and groups as one, and filters by a table's column."""
 
-import csv
 import json
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 import declip
-from conftest import draw, refuses
+from conftest import draw, read_table, refuses
 from declip.search.ranking import NEAR_COPY, NO_COPY, distinct, matching, near_copy
 from indices import write_index
 
@@ -107,7 +106,7 @@ def test_the_command_filters_groups_and_writes_a_table(products, command):
     out, tree = products / "hits.csv", products / "hits.json"
     done = command(*search, "--where", "product=1", "--where", "product=2", "--out", out)
     assert (done.status, "black" in done.out) == (0, False), done.err
-    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    rows = read_table(out)
     assert {row["image"] for row in rows} == {
         f"{n}.png" for n in ("red", "green", "blue", "yellow")
     }
