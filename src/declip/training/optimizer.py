@@ -84,21 +84,16 @@ class Muon(torch.optim.AdamW):
 
     def _muon_step(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
-            return
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
                 state["step"] = torch.zeros(())  # AdamW's load_state_dict looks for it
-        gradients = [parameter.grad for parameter in parameters]
-        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-        torch._foreach_mul_(momenta, MOMENTUM)
-        torch._foreach_add_(momenta, gradients)
-        updates = torch._foreach_add(gradients, momenta, alpha=MOMENTUM)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for parameter, update in zip(parameters, updates, strict=True):
+            momentum = state["momentum"]
+            momentum.mul_(MOMENTUM).add_(parameter.grad)
+            update = parameter.grad.add(momentum, alpha=MOMENTUM)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
             matrix = full_tensor(update).flatten(1)
             by_shape[matrix.shape].append((parameter, matrix))
         for shape, pairs in by_shape.items():
