@@ -205,69 +205,67 @@ class Inspection:
         return result_json({**plain, "whole": self.whole, "usable": self.usable})
 
 
-# A rule, its number, from where on it is reported and to be fixed, and what its sentence needs beyond the numbers.
-Row = tuple[str, float, float, float, dict[str, Any]]
+class Findings(list[Finding]):
+    """The findings so far."""
+
+    def add(
+        self, rule: str, number: float, least: float = 0.0, fix: float = inf, **values: Any
+    ) -> None:
+        """Apply a rule: it is reported from `least` on, and to be fixed above `fix`.
+
+        Args:
+            values: What its sentence needs beyond the numbers.
+        """
+        if number and number >= least:
+            self.append(Finding(rule, number, values, number > fix))
 
 
 def find(it: Inspection) -> tuple[Finding, ...]:
     """Apply all rules to an inspection without findings; what is to be fixed comes first."""
-    rows: list[Row] = []
+    found = Findings()
     if it.reasons:
         reason = max(it.reasons, key=lambda reason: it.reasons[reason]["count"])
-        values = {"reason": reason, "example": it.reasons[reason]["examples"][0]}
-        rows.append(("broken", it.broken.fraction, 0, BROKEN, values))
+        example = it.reasons[reason]["examples"][0]
+        found.add("broken", it.broken.fraction, fix=BROKEN, reason=reason, example=example)
     for leak in it.leakages:
-        values = {"set": leak.name, "images": leak.images}
-        rows.append(("leakage", leak.matches.fraction, 0, 0, values))
+        found.add("leakage", leak.matches.fraction, fix=0, set=leak.name, images=leak.images)
     if it.split_copies is not None:
-        rows.append(("split_copies", it.split_copies.fraction, 0, 0, {}))
+        found.add("split_copies", it.split_copies.fraction, fix=0)
     if it.images and it.captions and it.equal_images and it.near_images:
         equal = it.equal_images.members / it.usable
         near = it.near_images.members / it.usable
-        couples = it.captions.batch_size / 2  # of equal captions, if all rows of a batch had one
-        some = couples * EQUAL_ROWS
-        many = couples * MANY_EQUAL_ROWS
-        rows += [
-            ("equal_images", equal, 0, 0.01, {}),
-            ("near_images", near if near > equal else 0, 0.01, inf, {}),
-            ("equal_captions", it.captions.equal_in_batch, some, many, {}),
-            *_captions_rows(it.captions),
-            *_images_rows(it.images),
-        ]
-    findings = []
-    for name, n, least, fix, values in rows:
-        if n and n >= least:
-            findings.append(Finding(name, n, values, n > fix))
-    return tuple(sorted(findings, key=lambda finding: not finding.fix))
+        found.add("equal_images", equal, fix=0.01)
+        found.add("near_images", near if near > equal else 0, least=0.01)
+        _check_captions(found, it.captions)
+        _check_images(found, it.images)
+    return tuple(sorted(found, key=lambda finding: not finding.fix))
 
 
-def _captions_rows(captions: CaptionStats) -> list[Row]:
+def _check_captions(found: Findings, captions: CaptionStats) -> None:
+    couples = captions.batch_size / 2  # of equal captions, if all rows of a batch had one
+    some = couples * EQUAL_ROWS
+    found.add("equal_captions", captions.equal_in_batch, some, couples * MANY_EQUAL_ROWS)
     odd = {kind: part.fraction for kind, part in captions.kinds.items()}
     one_word = odd.pop(reading.ONE_WORD, 0)
     other_script = odd.pop(reading.OTHER_SCRIPT, 0)
     foreign = odd.pop(reading.FOREIGN, 0)
     examples = captions.examples[max(odd, key=odd.__getitem__)] if odd else []
-    values = {"kinds": odd, "example": ", ".join(examples)}
+    example = ", ".join(examples)
+    found.add("odd_captions", sum(odd.values()), 0.01, BROKEN, kinds=odd, example=example)
+    found.add("one_word", one_word, least=0.2)
+    found.add("other_script", other_script, least=0.05)
+    found.add("foreign", foreign, least=0.1)
     truncated = captions.truncated[LONGEST_CONTEXT].fraction > MANY_TRUNCATED
-    return [
-        ("odd_captions", sum(odd.values()), 0.01, BROKEN, values),
-        ("one_word", one_word, 0.2, inf, {}),
-        ("other_script", other_script, 0.05, inf, {}),
-        ("foreign", foreign, 0.1, inf, {}),
-        ("truncated" if truncated else "context_length", captions.context_length, 0, inf, {}),
-    ]
+    found.add("truncated" if truncated else "context_length", captions.context_length)
 
 
-def _images_rows(images: ImageStats) -> list[Row]:
+def _check_images(found: Findings, images: ImageStats) -> None:
     small = images.smaller.fraction
-    times = images.shorter["p50"] / images.size
-    if small >= SMALL:
-        times = 0
     smaller_side = max(MULTIPLE, int(images.shorter["p25"]) // MULTIPLE * MULTIPLE)
-    return [
-        ("small_images", small, SMALL, inf, {"side": smaller_side}),
-        ("large_images", times, LARGE, inf, {"side": KEPT * images.size}),
-    ]
+    found.add("small_images", small, least=SMALL, side=smaller_side)
+    if small < SMALL:
+        times = images.shorter["p50"] / images.size
+        found.add("large_images", times, least=LARGE, side=KEPT * images.size)
 
 
 def inspect_source(

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from declip.closed_form.neighbors import both_resemble
 from declip.errors import UserError
@@ -50,11 +49,12 @@ def resembled(
         )
     assert isinstance(model, DualEncoder)
     image_side, text_side = sides[0].side, sides[1].side
-    tokens = model.tokenize([text])
-    of_text = model.text_tower.pool(tokens)[0].float().cpu()
+    of_text = model.text_tower.pool(model.tokenize([text]))[0].float().cpu()
+    tower = model.image_tower
+    dtype = next(tower.parameters()).dtype
     found = []
     for image in images:
-        of_image = _pooled(model, image)
+        of_image = tower.pool(model.preprocess(image).to(dtype))[0].float().cpu()
         rows = both_resemble(image_side, text_side, of_image, of_text, 2 * count)
         distinct = dict.fromkeys(names[row] for row in rows)  # captions may repeat
         found.append(tuple(distinct)[:count])
@@ -68,9 +68,3 @@ def _sides(model: Encoder) -> tuple[NeighborProjection, NeighborProjection] | No
     if isinstance(image, NeighborProjection) and isinstance(text, NeighborProjection):
         return image, text
     return None
-
-
-def _pooled(model: DualEncoder, image: Image.Image) -> Tensor:
-    tower = model.image_tower
-    pixels = model.preprocess(image).to(next(tower.parameters()).dtype)
-    return tower.pool(pixels).float().cpu()[0]
