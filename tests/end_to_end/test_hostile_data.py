@@ -114,9 +114,8 @@ def test_what_is_no_file_does_not_hang(name, here, monkeypatch):
     reason = "missing image" if name.startswith("link") else "unreadable image"
     reads = [partial(decode, Path("a.jpg"), "a.jpg")]
     expected = [reason]
-    for place, missing in zip(
-        range(len(open_source("set"))), ("missing caption", reason), strict=False
-    ):
+    places = range(len(open_source("set")))
+    for place, missing in zip(places, ("missing caption", reason), strict=False):
         reads.append(lambda place=place: read(open_source("set"), place))
         expected.append(missing)
     sources = [partial(open_source, spec) for spec in ("t.csv", "l.pairs", "p", "s")]
@@ -155,21 +154,12 @@ def test_an_image_root_cannot_be_left(kind, here):
     (root / "file.png").symlink_to(here / "out.png")
     (root / "folder").symlink_to(here.parent)
     (root / "chain.png").symlink_to(root / "file.png")
-    outside = (
-        "../out.png",
-        "inner/../../out.png",
-        str(here / "out.png"),
-        "/etc/passwd",
-        "file.png",
-        "chain.png",
-    )
-    expected = {
-        **dict.fromkeys(("in.png", "good", "inner/../in.png"), "read"),
-        **dict.fromkeys((*outside, "folder/up.png"), "path outside image root"),
-        **dict.fromkeys(
-            ("~/in.png", "file:///etc/passwd", "https://example.org/a.png"), "missing image"
-        ),
-    }
+    outside = ["../out.png", "inner/../../out.png", str(here / "out.png"), "/etc/passwd"]
+    outside += ["file.png", "chain.png", "folder/up.png"]
+    strange = "~/in.png", "file:///etc/passwd", "https://example.org/a.png"
+    expected = dict.fromkeys(("in.png", "good", "inner/../in.png"), "read")
+    expected |= dict.fromkeys(outside, "path outside image root")
+    expected |= dict.fromkeys(strange, "missing image")
     path = table(kind, [{"image": name, "caption": "x"} for name in expected])
     source = open_source(path, Columns(root=root))
     assert dict(zip(expected, read_all(source), strict=True)) == expected
@@ -242,18 +232,12 @@ def test_parquet_that_would_run_code(here):
     """Arrow before 14.0.1 unpickled a type that a file names (CVE-2023-47248)."""
     trap = pickle.dumps(Trap(here / "harm"))
     about = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": trap}
-    kind = pa.schema(
-        [pa.field("image", pa.binary(), metadata=about), pa.field("caption", pa.string())]
-    )
+    image = pa.field("image", pa.binary(), metadata=about)
+    kind = pa.schema([image, pa.field("caption", pa.string())])
     cells = [trap, b"\x93NUMPY\1\0", b"", None]
     pq.write_table(pa.table([cells, ["x"] * 4], schema=kind), "t.parquet")
     source = open_source("t.parquet")
-    assert read_all(source) == [
-        "unreadable image",
-        "unreadable image",
-        "missing image",
-        "missing image",
-    ]
+    assert read_all(source) == ["unreadable image"] * 2 + ["missing image"] * 2
     assert not Path("harm").exists()
 
 
@@ -261,9 +245,8 @@ def test_parquet_that_repeats_one_caption(monkeypatch):
     """A few kilobytes that stand for half a gigabyte, and could stand for a thousand."""
     monkeypatch.setattr("declip.data.sources.rows.MOST_IN_PARQUET", 64 << 20)
     caption = pa.DictionaryArray.from_arrays(pa.array([0] * 8000, pa.int32()), ["x" * (1 << 16)])
-    pq.write_table(
-        pa.table({"image": ["a"] * 8000, "caption": caption}), "t.parquet", store_schema=False
-    )
+    repeated = pa.table({"image": ["a"] * 8000, "caption": caption})
+    pq.write_table(repeated, "t.parquet", store_schema=False)
     assert Path("t.parquet").stat().st_size < 4000
     got, megabytes = apart(lambda: open_source("t.parquet"))
     assert ("take more than 67,108,864 bytes" in got, megabytes < 4 * ROOM) == (True, True)
@@ -273,9 +256,8 @@ def test_every_flipped_bit_in_parquet():
     path = table("parquet", [{"image": "a.png", "caption": "x"}] * 2)
     content = path.read_bytes()
     for place in range(0, len(content), 2):
-        path.write_bytes(
-            content[:place] + bytes([content[place] ^ 1 << place // 2 % 8]) + content[place + 1 :]
-        )
+        flipped = bytes([content[place] ^ 1 << place // 2 % 8])
+        path.write_bytes(content[:place] + flipped + content[place + 1 :])
         said(lambda: read_all(open_source("t.parquet")))
 
 

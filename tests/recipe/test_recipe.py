@@ -76,13 +76,12 @@ def test_recipes_that_nobody_published_have_clips_pixels(name):
 
 
 def test_the_resize_in_evaluation_follows_the_size():
-    found = [
-        load_recipe("clip-yfcc15m-vitb32", {"image.size": size}).image.resize
-        for size in (224, 288, 32)
-    ]
-    assert found == [256, 329, 36], "timm's rounding"
-    exact = [(side, edge) for side in range(16, 400, 7) for edge in range(side, 4 * side, 11)]
-    assert [e for s, e in exact if ImageTowerConfig(size=s, crop_pct=s / e).resize != e] == []
+    for size, resize in {224: 256, 288: 329, 32: 36}.items():
+        recipe = load_recipe("clip-yfcc15m-vitb32", {"image.size": size})
+        assert recipe.image.resize == resize, "timm's rounding"
+    for side in range(16, 400, 7):
+        for edge in range(side, 4 * side, 11):
+            assert ImageTowerConfig(size=side, crop_pct=side / edge).resize == edge
 
 
 def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_path):
@@ -91,13 +90,8 @@ def test_a_recipe_extends_another_file_and_an_override_changes_one_entry(tmp_pat
         "extends: base.yaml\ntrain: {batch_size: 9}\nloss_weights: {contrastive: 2}\n"
     )
     recipe = load_recipe(tmp_path / "mine.yaml", {"train.lr": "0.5", "image.size": 48})
-    assert (recipe.name, recipe.seed, recipe.train.steps, recipe.train.batch_size) == (
-        "mine",
-        7,
-        11,
-        9,
-    )
-    assert (recipe.train.lr, recipe.image.size) == (0.5, 48)
+    assert (recipe.name, recipe.seed, recipe.image.size) == ("mine", 7, 48)
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.train.lr) == (11, 9, 0.5)
     assert recipe.loss_weights == {"contrastive": 2}, "weights are replaced, not merged"
     short = load_recipe("demo-declip", {"train.batch_size": 9, "train": {"steps": 3}})
     assert short == load_recipe("demo-declip", {"train.batch_size": 9, "train.steps": 3}), (
@@ -136,9 +130,8 @@ def test_a_child_recipe_with_a_source_of_its_own_has_its_own_evaluation_sets(tmp
     )
     assert load_recipe(tmp_path / "bare.yaml").evaluation == Evaluation()
     for name in ("mine", "longer"):
-        assert load_recipe(tmp_path / f"{name}.yaml").evaluation == Evaluation(
-            retrieval=("h.csv",)
-        ), name
+        found = load_recipe(tmp_path / f"{name}.yaml").evaluation
+        assert found == Evaluation(retrieval=("h.csv",)), name
 
 
 @pytest.mark.parametrize(
@@ -191,18 +184,13 @@ def test_names_of_other_tools_and_typing_errors_lead_each_to_one_key():
 
 def test_one_string_is_a_list_of_one_and_home_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    given = {
-        "evaluation.retrieval": "~/a.csv",
-        "data.image_root": "~/images",
-        "finetune.pretrained": "runs/~x",
-    }
-    found = flat(load_recipe("clip", {**given, "evaluation.zero_shot": "pets:~/pets"}).model_dump())
-    assert [found[key] for key in given] == [
-        ("/home/somebody/a.csv",),
-        "/home/somebody/images",
-        "runs/~x",
-    ]
-    assert found["evaluation.zero_shot"] == ("pets:/home/somebody/pets",)
+    given = {"evaluation.retrieval": "~/a.csv", "evaluation.zero_shot": "pets:~/pets"}
+    given |= {"data.image_root": "~/images", "finetune.pretrained": "runs/~x"}
+    recipe = load_recipe("clip", given)
+    assert recipe.evaluation.retrieval == ("/home/somebody/a.csv",)
+    assert recipe.evaluation.zero_shot == ("pets:/home/somebody/pets",)
+    assert recipe.data.image_root == "/home/somebody/images"
+    assert recipe.finetune.pretrained == "runs/~x"
 
 
 def test_numbers_are_read_as_python_writes_them_and_text_stays_text():
@@ -223,10 +211,8 @@ def test_numbers_are_read_as_python_writes_them_and_text_stays_text():
     recipe = load_recipe("clip", parse_overrides(words))
     texts = {"name": "a: 📷", "data.columns.caption": "010", "data.columns.group": "[x"}
     tuned = load_recipe("finetune", read_overrides(texts))
-    assert (tuned.name, tuned.data.columns) == (
-        "a: 📷",
-        {"image": "image", "caption": "010", "group": "[x"},
-    )
+    assert tuned.name == "a: 📷"
+    assert tuned.data.columns == {"image": "image", "caption": "010", "group": "[x"}
     assert read_overrides({"train": {"batch_size": "16"}}) == {"train.batch_size": 16}
     again = Recipe.model_validate(read_yaml(recipe.to_yaml()))
     assert (again.name, again.data.columns["caption"], again.train.lr) == ("5e-4", "010", 5e-4)
