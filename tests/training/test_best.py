@@ -14,7 +14,7 @@ from declip.runs.folder import Run, append_row, drop_rows, read_rows
 from declip.training.assemble import assemble
 from declip.training.state import BestEvaluation
 from training import starts
-from training.starts import ended, moved, quiet_train, same_end, stop_at
+from training.starts import ended, last, moved, quiet_train, same_end, stop_at
 
 RIGHT = RecallAtK(9, 9, 1, 1, 1, 0.1, 0.5, 1, 1)
 
@@ -46,26 +46,20 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_pat
     assert 0 < best < run.step < 24, "it was stopped early"
     assert run.step == best + 3 * 2
     assert (whole / "checkpoints/best").resolve().name == f"step-{best:08d}"
-    last = run.results[-1]
-    assert last["best_step"] == best
-    assert last["loss"] == pytest.approx(rows[best]["loss"], rel=1e-6)
+    end = run.results[-1]
+    assert end["best_step"] == best
+    assert end["loss"] == pytest.approx(rows[best]["loss"], rel=1e-6)
     weights = without_prefix("model", load_checkpoint(whole / "checkpoints/best").weights)
     assert not moved(weights, declip.load(whole, device="cpu").state_dict())
 
-    held = {
-        **run.evaluations[-1],
-        "dataset": "held.csv",
-    }  # a test set, of which only the end is known
+    # A test set, of which only the end is known
+    held = {**run.evaluations[-1], "dataset": "held.csv"}
     append_row(whole / "evaluations.jsonl", held)
-    losses = {
-        result.dataset: result.loss
-        for result in trace(whole).results
-        if isinstance(result, RetrievalResult)
-    }
-    assert losses == {
-        str(table): pytest.approx(rows[best]["loss"], rel=1e-6),
-        "held.csv": held["loss"],
-    }
+    results = [each for each in trace(whole).results if isinstance(each, RetrievalResult)]
+    losses = {result.dataset: result.loss for result in results}
+    assert losses.keys() == {str(table), "held.csv"}
+    assert losses[str(table)] == pytest.approx(rows[best]["loss"], rel=1e-6)
+    assert losses["held.csv"] == held["loss"]
     shown = measures_table(Run(whole, run.step))
     assert {row[shown.columns.index("step")] for row in shown.rows} == {str(best)}
     drop_rows(whole / "evaluations.jsonl", after=run.step - 1)
@@ -89,10 +83,7 @@ def test_the_best_checkpoint_is_kept_and_nothing_changes_without_patience(table,
     assert kept == sorted({step_of(best), 10})
     assert [step_of(path) for path in list_checkpoints(tmp_path / "plain")] == [10]
     assert not (tmp_path / "plain/checkpoints/best").exists()
-    one, other = (
-        load_checkpoint(tmp_path / name / "checkpoints/last") for name in ("watched", "plain")
-    )
-    assert not moved(one.weights, other.weights)
+    assert not moved(last(tmp_path / "watched"), last(tmp_path / "plain"))
 
 
 def test_two_processes_stop_together_with_the_same_best_weights(table, tmp_path):
@@ -133,15 +124,7 @@ def test_epochs_and_something_to_watch(table, tmp_path):
     assert load_recipe(tmp_path / "base.yaml", {"train.steps": 5}).train.epochs is None
     assert load_recipe(tmp_path / "child.yaml").train.epochs is None
     assert load_recipe(tmp_path / "child.yaml", {"train.epochs": 2}).train.epochs == 2
-    refuses(
-        r"train.steps=7 and train.epochs=3",
-        load_recipe,
-        "clip",
-        {"train.steps": "7", "train.epochs": "3"},
-    )
-    refuses(
-        "train.patience .*evaluate_every",
-        load_recipe,
-        "clip",
-        {"train.patience": 3, "data.source": "other.csv"},
-    )
+    both = {"train.steps": "7", "train.epochs": "3"}
+    refuses(r"train.steps=7 and train.epochs=3", load_recipe, "clip", both)
+    unwatched = {"train.patience": 3, "data.source": "other.csv"}
+    refuses("train.patience .*evaluate_every", load_recipe, "clip", unwatched)
