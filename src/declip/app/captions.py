@@ -174,7 +174,8 @@ class Captioning:
             run = Path("runs", f"{table.stem}-{next(numbers)}")
         start = self.state.model_path
         finetune = ["declip", "finetune", str(table), "--from", start, "--out", str(run)]
-        return [shlex.join(finetune), shlex.join(["declip", "app", str(run), source])]
+        app = ["declip", "app", str(run), source]
+        return [shlex.join(finetune), shlex.join(app)]
 
 
 def show(state: AppState, asked: ShowQuestion) -> dict[str, Any]:

@@ -79,7 +79,9 @@ class Agreement(NamedTuple):
 def compare_captions(state: AppState) -> Agreement:
     """Compare each caption of an index with its image: by out-of-fold rank if there are any, else by cosine."""
     ranked = bool(state.ranks)
-    rows = [(*pair, rank) for pair, rank in state.ranks.items()] or list(_cosines(state))
+    rows = [(*pair, rank) for pair, rank in state.ranks.items()]
+    if not ranked:
+        rows = list(_cosines(state))
     values = np.array([value for _, _, value in rows], np.float32)
     # --- the worst first, and the share that is listed
     order = np.argsort(-values if ranked else values, kind="stable")

@@ -357,7 +357,8 @@ def _leakage(sample: Sample, other: PairSource, workers: int | None, progress: b
     pairs = sample.read.pairs
     copied = reading.across(pairs, seen)
     images = ImageSource(sample.source)
-    copies = tuple((images[index].key, index) for index in pairs["index"][copied].tolist())
+    copied_indices = pairs["index"][copied].tolist()
+    copies = tuple((images[index].key, index) for index in copied_indices)
     return Leakage(other.name, len(seen), sample.fraction(copied), copies)
 
 

@@ -103,7 +103,8 @@ def _hashes(pairs: ReadPairs, named: np.ndarray, related: np.ndarray) -> np.ndar
     counts = pairs.pairs["captions"]
     captions = pairs.captions["hash"][np.cumsum(counts) - counts]
     hashes = []
-    for key in np.where(named != 0, named.view(np.uint64), captions).tolist():
+    keys = np.where(named != 0, named.view(np.uint64), captions)
+    for key in keys.tolist():
         digest = hashlib.blake2b(key.to_bytes(8, "little"), digest_size=8, person=b"split")
         hashes.append(int.from_bytes(digest.digest()) / 2**64)
     largest = np.zeros(related.max() + 1)

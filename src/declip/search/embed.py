@@ -137,8 +137,9 @@ class _Embedding:
             starts = range(0, len(missing), self.batch_size)
             batches.append([missing[at : at + self.batch_size] for at in starts])
         # --- one stream of batches, so that the processes that read images start once
+        missing_images = list(chain(*batches))
         stream = encode_batches(
-            self.model, self.source, read_image, list(chain(*batches)), self.workers, self.progress
+            self.model, self.source, read_image, missing_images, self.workers, self.progress
         )
         for block, own in zip(blocks, batches, strict=True):
             for vectors, indices, broken in islice(stream, len(own)):

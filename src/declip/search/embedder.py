@@ -73,7 +73,8 @@ class Embedder:
         model, encode, made_by = _load(self.model, self.device, self.precision)
         ids = _column(batch, self.id, "id")
         if self.source is None:
-            items: list[Any] = [(image, None) for image in _column(batch, self.image, "image")]
+            given = _column(batch, self.image, "image")
+            items: list[Any] = [(image, None) for image in given]
             source = ImageSource(ItemSource(items or [None]), captioned=False)
             images = [source[index] for index in range(len(ids))]
         else:

@@ -49,12 +49,14 @@ def resembled(
         )
     assert isinstance(model, DualEncoder)
     image_side, text_side = sides[0].side, sides[1].side
-    of_text = model.text_tower.pool(model.tokenize([text]))[0].float().cpu()
+    tokens = model.tokenize([text])
+    of_text = model.text_tower.pool(tokens)[0].float().cpu()
     tower = model.image_tower
     dtype = next(tower.parameters()).dtype
     found = []
     for image in images:
-        of_image = tower.pool(model.preprocess(image).to(dtype))[0].float().cpu()
+        pixels = model.preprocess(image).to(dtype)
+        of_image = tower.pool(pixels)[0].float().cpu()
         rows = both_resemble(image_side, text_side, of_image, of_text, 2 * count)
         distinct = dict.fromkeys(names[row] for row in rows)  # captions may repeat
         found.append(tuple(distinct)[:count])

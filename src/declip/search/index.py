@@ -255,11 +255,11 @@ class Index:
         limit = NO_COPY if copies else near_copy(images)
         found = distinct(ranking, images, k, groups, limit)
         # --- the first image of each hit, and the keys of the others
-        firsts = [positions[0] for positions in found]
+        firsts = ranking[[positions[0] for positions in found]]
         others = list(chain.from_iterable(positions[1:] for positions in found))
         keys = iter(self._store.keys(ranking[others].numpy()))
         hits = []
-        for positions, row in zip(found, self.rows(ranking[firsts].numpy()), strict=True):
+        for positions, row in zip(found, self.rows(firsts.numpy()), strict=True):
             alike = tuple(islice(keys, len(positions) - 1))
             score = float(scores[positions[0]])
             hits.append(Hit(**vars(row), score=score, copies=alike))
@@ -331,7 +331,8 @@ class Index:
         are named, and folders of `declip finetune`, whose pairs are named by their captions.
         """
         found = self.resembled(text, [hit.id for hit in hits], count)
-        return [replace(hit, resembles=names) for hit, names in zip(hits, found, strict=True)]
+        named = zip(hits, found, strict=True)
+        return [replace(hit, resembles=names) for hit, names in named]
 
     def resembled(self, text: str, ids: Sequence[int], count: int = 3) -> list[tuple[str, ...]]:
         """As `explain`, of images by their ids."""

@@ -74,7 +74,8 @@ class Block:
         matrices: dict[Over, np.ndarray] = {"images": images.numpy().astype(dtype)}
         if captions is not None:
             matrices["captions"] = captions.numpy().astype(dtype)
-        return cls(pa.table(list(zip(*cells, strict=True)), schema=SCHEMA), matrices)
+        columns = list(zip(*cells, strict=True))
+        return cls(pa.table(columns, schema=SCHEMA), matrices)
 
 
 class Store:
@@ -124,8 +125,9 @@ class Store:
     def rows(self, ids: np.ndarray) -> list[IndexedImage]:
         """Read rows."""
         rows = []
-        for id, cells in zip(ids.tolist(), self._cells(ids, SCHEMA.names), strict=True):
-            index, key, captions, path, offset, size = cells
+        cells = self._cells(ids, SCHEMA.names)
+        for id, own in zip(ids.tolist(), cells, strict=True):
+            index, key, captions, path, offset, size = own
             origin = Origin(resolve(path, self.folder), offset, size)
             rows.append(IndexedImage(id, key, tuple(captions), index, origin))
         return rows
