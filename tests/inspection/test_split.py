@@ -62,6 +62,14 @@ def test_training_pairs_stay_so_when_others_are_added(tmp_path):
         assert set(parts[120].train) <= set(parts[count].train)
 
 
+def test_a_pair_that_raises_the_size_of_the_validation_part_moves_none(tmp_path):
+    table = write(tmp_path / "x", distinct(26, first=200))  # 25 have 2 in it, 26 have 3
+    lines = table.read_text().splitlines(keepends=True)
+    whole = split_pairs(open_source(table))
+    table.write_text("".join(lines[:26]))
+    assert set(split_pairs(open_source(table)).train) <= set(whole.train)
+
+
 def test_copies_before_old_pairs_move_none_into_validation(tmp_path):
     rows = distinct(240)
     copies = [(texture(number, 40), f"new caption {number}") for number in range(0, 240, 5)]
