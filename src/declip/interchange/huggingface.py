@@ -252,9 +252,9 @@ class Huggingface(Format):
 
         with quiet_transformers(f"transformers cannot read '{folder}'"):
             model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
-        # SigLIP's towers end with their projections
-        of_image = getattr(model, "visual_projection", nn.Identity())
-        of_text = getattr(model, "text_projection", nn.Identity())
+        of_image = of_text = nn.Identity()  # SigLIP's towers end with their projections
+        if model.config.model_type != siglip.MODEL_TYPE:
+            of_image, of_text = model.visual_projection, model.text_projection
         return ReadBack(
             f"transformers {transformers.__version__}",
             lambda pixels: of_image(model.vision_model(pixel_values=pixels).pooler_output),
