@@ -20,8 +20,8 @@ from data.fakes import write_tar
 from declip.comparison import runner
 from declip.comparison.outcome import RESULT, folder_of
 from declip.data.sources.open import open_source
-from declip.evaluation import zero_shot
-from declip.evaluation.zero_shot import read_prompts
+from declip.evaluation import prompt_sets
+from declip.evaluation.prompt_sets import read_prompts
 from declip.recipe.load import load_recipe
 from declip_sets.sets import DESIGNS, EMOJI
 from evaluation import trees
@@ -238,7 +238,7 @@ def here(world, emoji_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "run", few)
     monkeypatch.setattr(runner, "run_trial", once_a_recipe)
     monkeypatch.setattr(runner, "step_seconds", lambda parts, warm, count: [0.1] * count)
-    monkeypatch.setattr(zero_shot, "read_prompts", one_template)
+    monkeypatch.setattr(prompt_sets, "read_prompts", one_template)
     monkeypatch.setattr(uvicorn.Server, "run", visit)
     return tmp_path
 

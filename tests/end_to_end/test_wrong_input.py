@@ -163,6 +163,12 @@ WITHOUT_TORCH = {
     "classify . . --head nowhere": "'nowhere'",
     "app . . --index others": "--index",
     "app . . --caption x.txt": "--caption",
+    "embed . builtin:nonsense --out x": "'nonsense'. Known: clipart, emoji",
+    "train clip --data . evaluation.zero_shot=[builtin:nonsense]": "'nonsense'",
+    "finetune builtin:nonsense": "'nonsense'",
+    "classify . . --classes a,b --templates nonsense": "template set 'nonsense'",
+    "evaluate . --dataset . --templates nonsense": "template set 'nonsense'",
+    "search others a --template nonsense": "template set 'nonsense'",
 }
 """Command → what its error names. None needs torch, whose import takes seconds."""
 

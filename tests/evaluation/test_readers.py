@@ -10,7 +10,7 @@ from torchvision import datasets
 from conftest import refuses
 from declip.evaluation import readers
 from declip.evaluation.datasets import NAMED, open_dataset
-from declip.evaluation.zero_shot import read_prompts
+from declip.evaluation.prompt_sets import read_prompts
 from evaluation import trees
 
 WNIDS = list(read_prompts("imagenet").classes)

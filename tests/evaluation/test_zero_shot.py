@@ -12,14 +12,16 @@ from torch.nn.functional import normalize
 
 from conftest import refuses
 from declip.evaluation.datasets import NAMED
-from declip.evaluation.readers import wnids_of
-from declip.evaluation.zero_shot import (
-    class_features,
+from declip.evaluation.prompt_sets import (
     class_names,
-    classify,
     prompt_names,
     read_prompts,
     read_templates,
+)
+from declip.evaluation.readers import wnids_of
+from declip.evaluation.zero_shot import (
+    class_features,
+    classify,
 )
 from declip.models.encoder import as_encoder
 from evaluation.conftest import features_of

@@ -16,7 +16,7 @@ from PIL import Image
 
 from declip.data.sources.open import download, open_source
 from declip.errors import UserError
-from declip_sets import fetch
+from declip_sets import NAMES, fetch
 from declip_sets.drawing import fill_square
 from declip_sets.fetch import DebianPackage, NpmPackages, Package
 from declip_sets.pictures import (
@@ -177,6 +177,7 @@ def test_an_interrupted_build_leaves_what_was_there(cache, monkeypatch):
 def test_names_are_looked_up(cache, monkeypatch):
     monkeypatch.setenv("DECLIP_CACHE", str(cache))
     assert len(SET_OF) == 14
+    assert sorted(SET_OF) == list(NAMES)
     for name in SET_OF:
         remedy = f"Run `declip data download builtin:{name.split('-')[0]}`"
         with pytest.raises(UserError, match=remedy):
@@ -184,6 +185,7 @@ def test_names_are_looked_up(cache, monkeypatch):
     for call in (open_source, download):
         with pytest.raises(UserError, match=r"Unknown built-in set 'emojy'.*'emoji'"):
             call("builtin:emojy")
+    monkeypatch.setattr("declip_sets.NAMES", (*NAMES, "plain"))
     monkeypatch.setitem(SET_OF, "plain", PLAIN)
     assert len(open_source("builtin:plain")) == 3
     assert download("builtin:plain") == download("plain", cache) == cache / "plain"

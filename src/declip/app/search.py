@@ -12,7 +12,8 @@ from declip.app.requests import ImageId, OneLine, Template, Text
 from declip.app.state import AppState
 from declip.data.pair import printable
 from declip.errors import UserError
-from declip.evaluation.zero_shot import logit_scale, read_templates
+from declip.evaluation.prompt_sets import read_templates
+from declip.evaluation.zero_shot import logit_scale
 from declip.search.checks import parse_where, read_classes
 from declip.search.explain import has_anchors
 from declip.search.index import mix

@@ -30,7 +30,7 @@ from declip.app.search import SearchQuestion, WhyQuestion, search, why
 from declip.app.state import AppState
 from declip.data.pair import printable
 from declip.errors import UserError
-from declip.evaluation.zero_shot import prompt_names
+from declip.evaluation.prompt_sets import prompt_names
 from declip.search.embed import open_or_embed
 
 VIEWS = ("search", "pairs", "caption")

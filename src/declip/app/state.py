@@ -16,7 +16,8 @@ from declip.data.images.decode import encode
 from declip.data.images.thumbnails import shrink
 from declip.data.pair import printable
 from declip.errors import UserError
-from declip.evaluation.zero_shot import class_features, read_templates
+from declip.evaluation.prompt_sets import read_templates
+from declip.evaluation.zero_shot import class_features
 from declip.runs.fitted import FittedRun, fit_folder
 from declip.search.class_words import add_classes
 from declip.search.index import Index

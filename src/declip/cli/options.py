@@ -83,6 +83,15 @@ def device(name: str) -> str:
     return known_device(name)
 
 
+def templates(given: str | None) -> str | None:
+    """Refuse an unknown template set."""
+    from declip.evaluation.prompt_sets import read_templates
+
+    if given is not None:
+        read_templates(given)
+    return given
+
+
 Several = list[str] | None
 MODEL = "a run folder, a checkpoint, a weights file, a name such as open_clip:MODEL/TAG, or FILE.py:function"
 Model = Annotated[str, Argument(callback=known, help=MODEL)]
@@ -111,6 +120,7 @@ CaptionColumn = Annotated[
 ImageRoot = Annotated[
     Path | None, file("folder that image paths in a table are relative to", metavar="DIR")
 ]
+TEMPLATES = Option(callback=templates, help="name of a template set, or a template with {}")
 Workers = Annotated[
     int | None, Option(min=0, help="number of processes; default: one per core, at most 8")
 ]

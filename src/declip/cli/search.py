@@ -81,9 +81,7 @@ def search(
     weights: Annotated[str, Option(help="weights of text and image, if both are given")] = "1,1",
     k: Annotated[int, Option("-k", "--k", min=1, max=10_000, help="number of results")] = 10,
     over: Annotated[Literal["images", "captions"], Option(help="vectors to search")] = "images",
-    template: Annotated[
-        str | None, Option(help="name of a template set, or a template with {}")
-    ] = None,
+    template: Annotated[str | None, opt.TEMPLATES] = None,
     where: Annotated[
         list[str] | None,
         Option(
@@ -359,9 +357,7 @@ def classify(
     out: Annotated[
         Path | None, file("write the probability of every class to this .csv file")
     ] = None,
-    templates: Annotated[
-        str, Option(help="name of a template set, or a template with {}")
-    ] = "plain",
+    templates: Annotated[str, opt.TEMPLATES] = "plain",
     overwrite: opt.Overwrite = False,
     *,
     reading: dict[str, Any],

@@ -197,9 +197,7 @@ def evaluate(
     ],
     task: Annotated[Task, Option(help="what to measure; linear: a linear probe")] = "zero-shot",
     shots: opt.Shots = None,
-    templates: Annotated[
-        str | None, Option(help="name of a template set, or a template with {}")
-    ] = None,
+    templates: Annotated[str | None, opt.TEMPLATES] = None,
     label_column: Annotated[str | None, Option(help="table column of classes")] = None,
     precision: opt.Precision = "fp32",
     json_out: opt.JsonOut = None,

@@ -25,6 +25,7 @@ from declip.evaluation.encode import (
 )
 from declip.evaluation.few_shot import Examples, fit_few_shot, joint_encoder
 from declip.evaluation.linear_probe import check_probe, check_splits, linear_probe
+from declip.evaluation.prompt_sets import read_templates
 from declip.evaluation.readers import Classified
 from declip.evaluation.results import (
     FewShotResult,
@@ -41,7 +42,6 @@ from declip.evaluation.zero_shot import (
     class_tokens,
     classify,
     logit_scale,
-    read_templates,
 )
 from declip.models.encoder import Encoder, as_encoder
 from declip.models.inference import chunked

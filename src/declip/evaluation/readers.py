@@ -29,8 +29,8 @@ from declip.data.sources.splits import SPLITS, splits_of
 from declip.data.sources.subset import Subset
 from declip.data.sources.table import TableSource, open_rows
 from declip.errors import UserError, unknown
+from declip.evaluation.prompt_sets import class_names, read_prompts
 from declip.evaluation.results import sample_per_class
-from declip.evaluation.zero_shot import class_names, read_prompts
 from declip.io.yaml_dialect import read_yaml
 
 Openers = Mapping[str, Callable[[], PairSource]]  # functions that open each split

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from declip.errors import UserError
+from declip.errors import UserError, unknown
 from declip.io.text import one_line
 
 Kind = Literal["losses", "sources", "downloads", "trackers", "recipes"]
@@ -65,14 +65,20 @@ def run_own(problem: str, run: Callable[[], Any]) -> Any:
         raise UserError(f"{problem}: {cause}. Fix the file.") from error
 
 
-def check_sets_installed(source: str) -> None:
-    """Raise `UserError` for a built-in set if the package that provides them is not installed."""
-    kind = source.partition(":")[0]
-    if kind == BUILTIN and BUILTIN not in plugins("sources"):
+def check_builtin(source: str) -> None:
+    """Raise `UserError` for a built-in set that is unknown, or whose package is not installed."""
+    kind, _, name = source.partition(":")
+    if kind != BUILTIN:
+        return
+    if BUILTIN not in plugins("sources"):
         raise UserError(
             f"'{source}' is a built-in set of the package declip-sets, which is not installed. "
             "Run `pip install ./packages/declip-sets` in a clone of declip's repository."
         )
+    from declip_sets import NAMES
+
+    if name not in NAMES:
+        raise unknown("built-in set", name, NAMES)
 
 
 def plugin_recipe(name: str) -> Path | None:

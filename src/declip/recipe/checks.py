@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from declip.errors import UserError
-from declip.io.plugins import check_sets_installed
+from declip.io.plugins import check_builtin
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Recipe
 from declip.recipe.starts import STARTS, check_model
@@ -56,7 +56,7 @@ def check_source(source: str, option: str) -> None:
         raise UserError(
             f"'{source}' is a model, not a source ({option}). Write the model before the source."
         )
-    check_sets_installed(source)
+    check_builtin(source)
     if re.match(r"[\w-]{2,}:", source) or any(sign in source for sign in "*?[{"):
         return
     if not source or not Path(source).expanduser().exists():

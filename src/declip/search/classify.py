@@ -32,8 +32,9 @@ from declip.evaluation.few_shot import (
     joint_encoder,
 )
 from declip.evaluation.leakage import leaking_column
+from declip.evaluation.prompt_sets import read_templates
 from declip.evaluation.results import Measure
-from declip.evaluation.zero_shot import class_features, logit_scale, read_templates
+from declip.evaluation.zero_shot import class_features, logit_scale
 from declip.interchange.read import loaded
 from declip.io.atomic import csv_path, save_tensors
 from declip.io.outputs import CLASSIFIED, csv_table, output_file

@@ -22,7 +22,8 @@ from declip.data.sources.open import ImageSource, open_images
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range
 from declip.evaluation.encode import check_widths, eval_mode, image_features
-from declip.evaluation.zero_shot import class_features, read_templates
+from declip.evaluation.prompt_sets import read_templates
+from declip.evaluation.zero_shot import class_features
 from declip.interchange.read import folder_or_name, loaded, read_text
 from declip.models.device import pick_device
 from declip.models.encoder import Encoder

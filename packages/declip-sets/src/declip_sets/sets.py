@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
-from declip.errors import unknown
 from declip_sets.drawing import draw_icon, fill_square, rasterize_page
 from declip_sets.fetch import DebianPackage, NpmPackages, Packages, read_json
 from declip_sets.pictures import BuiltinSet, BuiltinSource, Cache, Row, Selection
@@ -307,15 +306,9 @@ SET_OF = _by_source((EMOJI, ICONS, CLIPART, STAMPS))
 
 def open_set(name: str, columns: Columns = DEFAULT) -> BuiltinSource:
     """Open `builtin:NAME`; the sets have no columns to choose."""
-    return BuiltinSource(_find(name), name)
+    return BuiltinSource(SET_OF[name], name)
 
 
 def download(name: str, cache: Cache = None, progress: bool = True) -> Path:
     """Download and render the set of `builtin:NAME`, once, and return its folder."""
-    return _find(name).download(cache, progress)
-
-
-def _find(name: str) -> BuiltinSet:
-    if name not in SET_OF:
-        raise unknown("built-in set", name, SET_OF)
-    return SET_OF[name]
+    return SET_OF[name].download(cache, progress)

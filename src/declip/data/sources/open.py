@@ -16,7 +16,7 @@ from declip.data.sources.python_items import PREFIX, Items, ItemSource
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.table import TABLE_KINDS, TableSource, find_table
 from declip.errors import UserError, unknown
-from declip.io.plugins import BUILTIN, check_sets_installed, load_plugin, plugins
+from declip.io.plugins import BUILTIN, check_builtin, load_plugin, plugins
 
 Sources = Mapping[str, PairSource | Items]
 """Python objects by the names that a recipe has for them."""
@@ -105,7 +105,7 @@ def names_plugin(text: str) -> bool:
 
 
 def _open_with_plugin(text: str, columns: Columns) -> PairSource:
-    check_sets_installed(text)
+    check_builtin(text)
     kind, _, rest = text.partition(":")
     source = load_plugin("sources", kind)(rest, columns)
     if not isinstance(source, PairSource):
@@ -134,7 +134,7 @@ def download(name: str, cache: Path | None = None, progress: bool = True) -> Pat
         rest = name
     if kind != BUILTIN and kind not in plugins("downloads"):
         raise unknown("source to download", kind, [BUILTIN, *plugins("downloads")])
-    check_sets_installed(f"{kind}:{rest}")
+    check_builtin(f"{kind}:{rest}")
     return load_plugin("downloads", kind)(rest, cache, progress)
 
 
