@@ -366,8 +366,9 @@ class Peer(NamedTuple):
 RIDGES = {"ridge": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
 ALPHAS = {"alpha": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)}
 TRAINED = {"lr": (3e-4, 1e-3, 3e-3, 1e-2), "epochs": (10, 30, 100)}
+START_AS_IS = "start as it is"
 PEERS = {
-    "start as it is": Peer(start, {}),
+    START_AS_IS: Peer(start, {}),
     "declip finetune": Peer(declip, {}),
     "declip, without neighbors": Peer(declip_without_neighbors, {}),
     "declip, linear": Peer(declip_linear, {}),
@@ -507,8 +508,13 @@ def main() -> None:
     done = {(row["set"], row["seed"], row["pairs"], row["method"]) for row in known}
     for name in options.sets.split(","):
         data = Data.of(f"builtin:{name}", options.weights)
-        left_out = "declip, own pairs" if data.embedded else "start as it is"
+        left_out = "declip, own pairs" if data.embedded else START_AS_IS
         methods = options.methods or [method for method in PEERS if method != left_out]
+        if START_AS_IS in methods and not data.embedded:
+            parser.error(
+                f"'{START_AS_IS}' requires weights with projections, and '{options.weights}' has none. "
+                "Leave it out of --methods, or give another --from, such as open_clip:ViT-B-32/openai."
+            )
         label = name if options.weights == START else f"{name} from {options.weights}"
         label += ", whole" * options.whole
         for seed in range(1 if options.whole else options.seeds):

@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +42,16 @@ def test_starting(call, scripts, monkeypatch):
     monkeypatch.setattr(scripts("start"), "REPEATS", 1)
     rows = json.loads(call("start")[1][-1])["rows"]
     assert [row["what"] for row in rows] == ["python", "import declip", "help"]
+
+
+def test_a_start_without_projections_is_not_measured_as_it_is(call, scripts, tmp_path, monkeypatch):
+    data = SimpleNamespace(embedded=False)
+    monkeypatch.setattr(scripts("peers_few").Data, "of", lambda *_: data)
+    words = ("clipart", "--methods", "start as it is", "--out", tmp_path)
+    status, printed = call("peers_few", *words)
+    assert status == 2
+    assert "'start as it is' requires weights with projections" in printed[-1]
+    assert "--methods" in printed[-1]
 
 
 TRAIN = {"optimizer": "adamw", "steps": 2, "checkpoint_every": 1, "batch_size": 8}
