@@ -5,12 +5,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from math import inf, sqrt
+from math import inf
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
 
+from declip.io.interval import wilson_interval
 from declip.io.text import percent
 
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
@@ -31,15 +32,8 @@ class Measure(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of a fraction of `n` independent trials (Wilson 1927)."""
-        z = 1.96
-        n = self.n
-        p = self.value
-        scale = 1 + z * z / n
-        middle = (p + z * z / (2 * n)) / scale
-        variance = p * (1 - p) / n + z * z / (4 * n * n)
-        half = z / scale * sqrt(variance)
-        return middle - half, middle + half
+        """The 95 % interval of a fraction of `n` independent trials."""
+        return wilson_interval(self.value, self.n)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from declip.data.sources.open import ImageSource, open_source
 from declip.data.sources.splits import splits_of
 from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
-from declip.evaluation.results import Measure
 from declip.inspection import reading
 from declip.inspection.reading import KINDS, ReadPairs, equal_groups
+from declip.io.interval import wilson_interval
 from declip.io.outputs import result_json
 from declip.io.progress import status
 
@@ -72,7 +72,7 @@ class Fraction:
         value = count / of if of else 0.0
         if whole or not of:
             return cls(count, of, value, value, value)
-        low, high = Measure("", value, 0.0, of).interval
+        low, high = wilson_interval(value, of)
         return cls(count, of, max(0.0, low), min(1.0, high), value)
 
 
