@@ -37,7 +37,8 @@ from declip.errors import UserError
 from declip.evaluation.datasets import open_dataset, with_classes
 from declip.evaluation.protocols import PREFIX, SETS
 from declip.evaluation.readers import NAMED
-from declip.inspection.scan import Inspection, inspect_source
+from declip.inspection.results import Inspection
+from declip.inspection.scan import inspect_source
 from declip.models.device import pick_device
 from declip.recipe.load import load_recipe, parse_overrides, recipe_names
 from declip.recipe.resolve import Facts, resolve

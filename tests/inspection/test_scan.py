@@ -14,7 +14,8 @@ from rich.console import Console
 from conftest import refuses, texture, write_rows
 from declip.data.pair import BrokenPair, Pair, PairSource
 from declip.data.sources.open import open_source
-from declip.inspection.scan import Fraction, inspect_source
+from declip.inspection.results import Fraction
+from declip.inspection.scan import inspect_source
 from declip.io.text import round_two_digits, sanitize
 from declip.reports.inspection import page, sentences, summary
 

@@ -55,7 +55,8 @@ def inspect(
     """Inspect pairs before training: sizes, lengths, duplicates, broken pairs, and suggested settings."""
     from declip.data.sources.open import open_source
     from declip.data.sources.pair_list import LIST_KIND, write_others
-    from declip.inspection.scan import Inspection, inspect_source
+    from declip.inspection.results import Inspection
+    from declip.inspection.scan import inspect_source
     from declip.io.text import plural
     from declip.reports.inspection import page, summary
 

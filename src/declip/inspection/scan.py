@@ -1,16 +1,14 @@
-"""Inspect pairs before training on few of them; reports/templates/findings.txt has a macro for each rule."""
+"""Inspect pairs before training on few of them."""
 
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
-from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.images.thumbnails import shrink
@@ -21,22 +19,19 @@ from declip.data.text.tokenizer import clean
 from declip.errors import UserError, check_range
 from declip.inspection import reading
 from declip.inspection.reading import KINDS, ReadPairs, equal_groups
-from declip.io.interval import wilson_interval
-from declip.io.outputs import result_json
+from declip.inspection.results import (
+    CaptionStats,
+    Example,
+    Fraction,
+    ImageStats,
+    Inspection,
+    Leakage,
+    RepeatGroup,
+    Repeats,
+    spread_of,
+)
+from declip.inspection.rules import find
 from declip.io.progress import status
-
-BROKEN = 0.05  # default of `data.max_broken_fraction`: a run stops above it
-# Fraction of a batch's rows with an equal caption in it: reported from the first on, to be fixed above the second.
-EQUAL_ROWS = 0.01
-MANY_EQUAL_ROWS = 0.1
-# Multiples of the training size: from where on shrinking pays, and to what; pixels that towers' sizes divide by.
-LARGE = 3.0
-KEPT = 2
-MULTIPLE = 32
-SMALL = 0.25  # fraction of images under the training size from where on a smaller size pays
-# of CLIP, and the fraction of captions that it may truncate
-LONGEST_CONTEXT = 77
-MANY_TRUNCATED = 0.01
 
 SAMPLE = 2000
 SIZE = 224
@@ -54,218 +49,6 @@ THUMBNAIL = 224  # pixels of an example's longer side, at most: sharp at half of
 CONTEXTS = (*range(16, 77, 8), 77)
 SHOWN_LENGTHS = (32, 77)
 LEFT_OUT = 0.01  # fraction of the captions that the advised context may cut
-
-
-@dataclass(frozen=True)
-class Fraction:
-    """A count out of a number, as a fraction, 0 of none."""
-
-    count: int
-    of: int
-    low: float  # 95 % interval (Wilson 1927) for the complete source; the fraction itself if all of it was read
-    high: float
-    fraction: float
-
-    @classmethod
-    def counted(cls, count: int, of: int, whole: bool) -> "Fraction":
-        """The fraction of a complete source or of a sample of it."""
-        value = count / of if of else 0.0
-        if whole or not of:
-            return cls(count, of, value, value, value)
-        low, high = wilson_interval(value, of)
-        return cls(count, of, max(0.0, low), min(1.0, high), value)
-
-
-Spread = dict[str, float]
-
-
-def spread_of(values: np.ndarray) -> Spread:
-    """Distribution of one number or more: n, mean, min, max and the percentiles p1, p5, p25, p50, p75, p95 and p99."""
-    mean = float(values.mean(dtype=np.float64))
-    spread = {"n": len(values), "mean": mean, "min": float(values.min())}
-    for percent in (1, 5, 25, 50, 75, 95, 99):
-        spread[f"p{percent}"] = float(np.percentile(values, percent))
-    return {**spread, "max": float(values.max())}
-
-
-@dataclass(frozen=True)
-class ImageStats:
-    """Statistics of the images, in pixels after EXIF rotation."""
-
-    shorter: Spread
-    aspect: Spread  # the longer side over the shorter
-    size: int  # side of the training images
-    smaller: Fraction  # images whose shorter side is smaller than that
-
-
-@dataclass(frozen=True)
-class CaptionStats:
-    """Statistics of the captions; every caption of a pair counts."""
-
-    per_pair: Spread
-    words: Spread
-    tokens: Spread  # CLIP's, start and end included, not truncated
-    # Captions that a `text.context_length` would truncate, by context length
-    truncated: dict[int, Fraction]
-    # The shortest, a multiple of 8 or 77, that truncates at most 1 %; 77 where none does
-    context_length: int
-    kinds: dict[str, Fraction]  # see `reading.KINDS`
-    examples: dict[str, list[str]]  # of each kind
-    batch_size: int
-    # Expected number of couples of equal captions in a batch: false negatives
-    equal_in_batch: float
-
-
-@dataclass(frozen=True)
-class RepeatGroup:
-    """Pairs with the same image or caption."""
-
-    size: int
-    keys: tuple[str, ...]  # of the first
-    caption: str  # the first, or the one that all have
-
-
-@dataclass(frozen=True)
-class Repeats:
-    """The pairs read that have an image or a caption in common with another, and the largest groups of them."""
-
-    members: int
-    groups: int
-    examples: tuple[RepeatGroup, ...]
-
-
-@dataclass(frozen=True)
-class Leakage:
-    """Pairs whose image looks like one of the `images` that another source has, with their keys and indices."""
-
-    name: str
-    images: int
-    matches: Fraction
-    copies: tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A number that matters for training: a rule, which is a macro of the template findings.txt, and what it says."""
-
-    rule: str
-    number: float
-    values: dict[str, Any] = field(default_factory=dict)
-    fix: bool = False  # whether it should be fixed before training
-
-
-class Example(NamedTuple):
-    """A pair to look at."""
-
-    key: str
-    caption: str  # the first
-    width: int  # of the image in the source
-    height: int
-    image: Image.Image  # a small copy
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Everything known about a source of pairs; made by `inspect_source`."""
-
-    name: str
-    total: int  # pairs of the source
-    read: int  # pairs tried
-    seed: int
-    seconds: float
-    broken: Fraction  # pairs tried that cannot be used
-    reasons: dict[str, Any]  # each with its count and examples
-    images: ImageStats | None = None  # this and all that follow are empty when no pair can be used
-    captions: CaptionStats | None = None
-    equal_images: Repeats | None = None
-    near_images: Repeats | None = None  # that look alike, equal ones included
-    equal_captions: Repeats | None = None
-    leakages: tuple[Leakage, ...] = ()
-    # Held-out images of a source with splits that look like a training image
-    split_copies: Fraction | None = None
-    findings: tuple[Finding, ...] = ()  # what is to be fixed first
-    examples: tuple[Example, ...] = field(default=(), repr=False)
-    near_examples: tuple[tuple[Example, ...], ...] = field(default=(), repr=False)
-    credit: str = ""
-
-    @property
-    def whole(self) -> bool:
-        """Whether every pair was tried."""
-        return self.read == self.total
-
-    @property
-    def usable(self) -> int:
-        """Pairs tried that can be used."""
-        return self.read - self.broken.count
-
-    def to_json(self) -> str:
-        """All but the example images as JSON."""
-        plain = asdict(replace(self, examples=(), near_examples=()))
-        del plain["examples"], plain["near_examples"]
-        return result_json({**plain, "whole": self.whole, "usable": self.usable})
-
-
-class Findings(list[Finding]):
-    """The findings so far."""
-
-    def add(
-        self, rule: str, number: float, least: float = 0.0, fix: float = inf, **values: Any
-    ) -> None:
-        """Apply a rule: it is reported from `least` on, and to be fixed above `fix`.
-
-        Args:
-            values: What its sentence needs beyond the numbers.
-        """
-        if number and number >= least:
-            self.append(Finding(rule, number, values, number > fix))
-
-
-def find(it: Inspection) -> tuple[Finding, ...]:
-    """Apply all rules to an inspection without findings; what is to be fixed comes first."""
-    found = Findings()
-    if it.reasons:
-        reason = max(it.reasons, key=lambda reason: it.reasons[reason]["count"])
-        example = it.reasons[reason]["examples"][0]
-        found.add("broken", it.broken.fraction, fix=BROKEN, reason=reason, example=example)
-    for leak in it.leakages:
-        found.add("leakage", leak.matches.fraction, fix=0, set=leak.name, images=leak.images)
-    if it.split_copies is not None:
-        found.add("split_copies", it.split_copies.fraction, fix=0)
-    if it.images and it.captions and it.equal_images and it.near_images:
-        equal = it.equal_images.members / it.usable
-        near = it.near_images.members / it.usable
-        found.add("equal_images", equal, fix=0.01)
-        found.add("near_images", near if near > equal else 0, least=0.01)
-        _check_captions(found, it.captions)
-        _check_images(found, it.images)
-    return tuple(sorted(found, key=lambda finding: not finding.fix))
-
-
-def _check_captions(found: Findings, captions: CaptionStats) -> None:
-    couples = captions.batch_size / 2  # of equal captions, if all rows of a batch had one
-    some = couples * EQUAL_ROWS
-    found.add("equal_captions", captions.equal_in_batch, some, couples * MANY_EQUAL_ROWS)
-    odd = {kind: part.fraction for kind, part in captions.kinds.items()}
-    one_word = odd.pop(reading.ONE_WORD, 0)
-    other_script = odd.pop(reading.OTHER_SCRIPT, 0)
-    foreign = odd.pop(reading.FOREIGN, 0)
-    examples = captions.examples[max(odd, key=odd.__getitem__)] if odd else []
-    example = ", ".join(examples)
-    found.add("odd_captions", sum(odd.values()), 0.01, BROKEN, kinds=odd, example=example)
-    found.add("one_word", one_word, least=0.2)
-    found.add("other_script", other_script, least=0.05)
-    found.add("foreign", foreign, least=0.1)
-    truncated = captions.truncated[LONGEST_CONTEXT].fraction > MANY_TRUNCATED
-    found.add("truncated" if truncated else "context_length", captions.context_length)
-
-
-def _check_images(found: Findings, images: ImageStats) -> None:
-    small = images.smaller.fraction
-    smaller_side = max(MULTIPLE, int(images.shorter["p25"]) // MULTIPLE * MULTIPLE)
-    found.add("small_images", small, least=SMALL, side=smaller_side)
-    if small < SMALL:
-        times = images.shorter["p50"] / images.size
-        found.add("large_images", times, least=LARGE, side=KEPT * images.size)
 
 
 def inspect_source(

@@ -8,7 +8,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from declip.data.images.thumbnails import thumbnail
-from declip.inspection.scan import Finding, Fraction, Inspection, Spread
+from declip.inspection.results import Finding, Fraction, Inspection, Spread
 from declip.io.text import percent, round_two_digits, sanitize
 from declip.reports.page import Table, environment, render, rich_table
 
