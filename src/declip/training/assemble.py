@@ -182,16 +182,19 @@ def build_loader(
 
 def _start_or_continue(state: RunState, resume: bool, lists: Lists) -> None:
     """Lock the run folder; restore the checkpoint in it, which rank 0 chooses, or save what the run starts from."""
-    checkpoint: Checkpoint | None = None
+    read_already = dict[int, Checkpoint]()  # by step; empty on other ranks
 
     def choose() -> int | None:
-        nonlocal checkpoint
         state.lock = run_folder.lock_folder(state.folder)
-        checkpoint = run_folder.open_folder(state.recipe, state.folder, resume, lists)
-        return None if checkpoint is None else checkpoint.step
+        newest = run_folder.open_folder(state.recipe, state.folder, resume, lists)
+        if newest is None:
+            return None
+        read_already[newest.step] = newest
+        return newest.step
 
     step = state.hosts.on_rank_zero(choose)
     if step is not None:
+        checkpoint = read_already.get(step)
         restore(state, checkpoint or load_checkpoint(folder_of(state.folder, step)))
     elif state.pretrained is not None and distributed.is_rank_zero():
         state.pretrained.keep(state.folder, state.recipe)
