@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from conftest import refuses
-from declip.evaluation.encode import Batching, encode_source, eval_mode, text_features
+from declip.evaluation.encode import (
+    Batching,
+    encode_images,
+    encode_source,
+    eval_mode,
+    text_features,
+)
 from declip.models.encoder import as_encoder
 
 
@@ -55,7 +61,7 @@ def test_equal_texts_are_encoded_once_and_keep_their_places(model):
 
 def test_workers_change_nothing(model, painted, monkeypatch):
     source = painted(["red", "green", "blue", "cyan", "white"], broken=[3])
-    some = encode_source(as_encoder(model), source, indices=[2, 0], texts=False)
+    some = encode_images(as_encoder(model), source, indices=[2, 0])
     assert (some.indices.tolist(), some.texts) == ([2, 0], None)
     alone = encode_source(as_encoder(model), source, Batching(2))
     helped = encode_source(as_encoder(model), source, Batching(2, workers=1))

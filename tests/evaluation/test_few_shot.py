@@ -9,7 +9,7 @@ from torch.nn.functional import normalize, one_hot
 
 from conftest import refuses
 from declip.evaluation.datasets import Dataset
-from declip.evaluation.encode import encode_source
+from declip.evaluation.encode import encode_images
 from declip.evaluation.few_shot import (
     NAME_WEIGHTS,
     RIDGES,
@@ -171,7 +171,7 @@ def test_the_protocol_equals_a_loop_over_draws(model, painted):
     dataset = Dataset("colors", {"train": lambda: train, "test": lambda: test})
     (result,) = evaluate_all(model, dataset, ("few-shot",), Options(shots=(2,), progress=False))
     encoder = as_encoder(model)
-    seen, tested = (encode_source(encoder, each, texts=False).images for each in (train, test))
+    seen, tested = (encode_images(encoder, each).images for each in (train, test))
     train_labels, test_labels = train.columns["label"], test.columns["label"]
     labels, truth = torch.from_numpy(train_labels), torch.from_numpy(test_labels)
     top1 = []

@@ -138,13 +138,25 @@ def encode_source(
     model: Encoder,
     source: PairSource,
     how: Batching = USUAL,
+    indices: Sequence[int] | np.ndarray | None = None,
+) -> SourceFeatures:
+    """Encode the images and the captions of a source, or those at `indices`, in this order."""
+    images = encode_images(model, source, how, indices=indices)
+    captions = images.flat_captions
+    texts = text_features(model, captions, how)
+    return replace(images, texts=texts, truncated=_count_truncated(model, captions))
+
+
+def encode_images(
+    model: Encoder,
+    source: PairSource,
+    how: Batching = USUAL,
     *,
     encode: Callable[[Tensor], Tensor] | None = None,
-    texts: bool = True,
     exact: bool = True,
     indices: Sequence[int] | np.ndarray | None = None,
 ) -> SourceFeatures:
-    """Encode the images of a source in one pass over its files and, with `texts`, its captions.
+    """Encode the images of a source in one pass over its files; captions are read, and not encoded.
 
     Args:
         encode: (n, 3, S, S) pixels on the model's device → (n, d); by default L2-normalized embeddings.
@@ -154,7 +166,7 @@ def encode_source(
     # --- images of a model with frozen towers, which reads them once
     if encode is None and indices is None and model.source_features is not None:
         encoded: SourceFeatures = model.source_features(source, how)
-        return _with_texts(model, encoded, how) if texts else encoded
+        return encoded
     # --- images of others, in batches whose pixels may come from worker processes
     if indices is None:
         indices = range(len(source))
@@ -181,14 +193,7 @@ def encode_source(
         )
     read_indices = np.array([index for index, _ in rows])
     captions = tuple(captions for _, captions in rows)
-    encoded = SourceFeatures(source.name, read_indices, torch.cat(parts), captions, None, skipped)
-    return _with_texts(model, encoded, how) if texts else encoded
-
-
-def _with_texts(model: Encoder, encoded: SourceFeatures, how: Batching) -> SourceFeatures:
-    captions = encoded.flat_captions
-    features = text_features(model, captions, how)
-    return replace(encoded, texts=features, truncated=_count_truncated(model, captions))
+    return SourceFeatures(source.name, read_indices, torch.cat(parts), captions, None, skipped)
 
 
 def _read_row(

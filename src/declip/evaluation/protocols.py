@@ -20,6 +20,7 @@ from declip.evaluation.datasets import NAMED, Dataset, open_dataset, with_classe
 from declip.evaluation.encode import (
     Batching,
     SourceFeatures,
+    encode_images,
     encode_source,
     eval_mode,
 )
@@ -87,7 +88,8 @@ class SharedFeatures:
     @cached_property
     def test(self) -> SourceFeatures:
         """Features of the test split, projected and normalized."""
-        return self._encode(self.dataset.split("test"), texts=self.texts)
+        encode = encode_source if self.texts else encode_images
+        return self._named(encode(self.model, self.dataset.split("test"), self.options))
 
     def linear(self) -> list[LinearProbeResult]:
         with eval_mode(self.model) as device:
@@ -96,7 +98,7 @@ class SharedFeatures:
         backbone = self.model.encode_backbone
         assert backbone is not None, "`check_model` looked for it"
         encode = partial(chunked, backbone)
-        before_projection = partial(self._encode, encode=encode, texts=False)
+        before_projection = partial(self._images, encode=encode)
         return [linear_probe(self.dataset, before_projection, probing)]
 
     def zero_shot(self) -> list[ZeroShotResult]:
@@ -113,7 +115,7 @@ class SharedFeatures:
             tokens = class_tokens(self.model, scorer, names, templates, options)
             with eval_mode(self.model) as device:
                 scores = partial(scorer.scores, classes=tokens.to(device))
-            features = self._encode(source, encode=partial(chunked, scores), texts=False)
+            features = self._images(source, encode=partial(chunked, scores))
         labels = source.columns["label"][features.indices]
         return [classify(features, labels, classes, templates=name)]
 
@@ -122,7 +124,8 @@ class SharedFeatures:
         features = self.test
         # retrieval also uses pairs without a class
         if isinstance(source, Classified) and source.captioned and source.broken:
-            features = self._encode(Subset(source.source, source.indices), texts=True)
+            complete = Subset(source.source, source.indices)
+            features = self._named(encode_source(self.model, complete, self.options))
         trained = self.model.logit_scale is not None
         return [retrieve(features, logit_scale(self.model) if trained else None)]
 
@@ -140,8 +143,8 @@ class SharedFeatures:
         encode, width = joint_encoder(self.model)
         every_draw = list(chain(*draws.values()))
         used = np.flatnonzero(np.any(every_draw, axis=0))
-        seen = self._encode(train, encode=encode, texts=False, indices=used)
-        tested = self._encode(test, encode=encode, texts=False)
+        seen = self._images(train, encode=encode, indices=used)
+        tested = self._images(test, encode=encode)
         templates = read_templates(options.templates or self.dataset.templates)[1]
         names = class_features(self.model, test.class_names, templates, options)
         truth = test.columns["label"][tested.indices]
@@ -174,8 +177,10 @@ class SharedFeatures:
             results.append(result)
         return results
 
-    def _encode(self, source: PairSource, **options: Any) -> SourceFeatures:
-        features = encode_source(self.model, source, self.options, **options)
+    def _images(self, source: PairSource, **options: Any) -> SourceFeatures:
+        return self._named(encode_images(self.model, source, self.options, **options))
+
+    def _named(self, features: SourceFeatures) -> SourceFeatures:
         # A source only knows the name of its file, which another dataset may have too.
         return replace(features, name=self.dataset.name)
 

@@ -16,7 +16,7 @@ from declip.errors import UserError
 from declip.evaluation.encode import (
     Batching,
     SourceFeatures,
-    encode_source,
+    encode_images,
     eval_mode,
     image_features,
     text_features,
@@ -79,9 +79,8 @@ class EncoderBase:
     def pool_source(self, source: PairSource, how: Batching) -> SourceFeatures:
         """Pooled features of the images of a source, which is read once for several heads."""
         if source not in self._sources:
-            self._sources[source] = encode_source(
-                self.model, source, how, encode=self.pool_exact, texts=False
-            )
+            encode = self.pool_exact
+            self._sources[source] = encode_images(self.model, source, how, encode=encode)
         return self._sources[source]
 
 

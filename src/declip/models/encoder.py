@@ -83,7 +83,7 @@ class Encoder(Protocol):
 
     @property
     def source_features(self) -> Callable[..., Any] | None:
-        """`encode_source` of a model that reads a source once for several heads."""
+        """`encode_images` of a model that reads a source once for several heads."""
 
 
 class Complete:

@@ -23,7 +23,7 @@ from declip.data.sources.subset import groups_of
 from declip.data.sources.table import find_table, open_rows
 from declip.errors import UserError, check_range
 from declip.evaluation.datasets import LabeledSource, open_dataset, with_classes
-from declip.evaluation.encode import Batching, check_widths, encode_batches, encode_source
+from declip.evaluation.encode import Batching, check_widths, encode_batches, encode_images
 from declip.evaluation.few_shot import (
     Examples,
     FewShotForm,
@@ -117,7 +117,7 @@ class Classifier:
         if source is not None:
             number = _numbers(known, source.class_names)
             how = Batching(batch_size, workers, progress)
-            features = encode_source(encoder, source, how, encode=encode, texts=False, exact=False)
+            features = encode_images(encoder, source, how, encode=encode, exact=False)
             labels = torch.from_numpy(number[source.columns["label"][features.indices]])
             skipped = features.skipped
             given = Examples(features.images, labels, names, width)
