@@ -302,28 +302,24 @@ class DelimitedRows(TextRows):
 
     def _cells(self, line: str, following: Iterator[str], number: int) -> list[str]:
         """The cells of the row that starts with a line; raises `UserError` if its quotes would swallow others."""
-        cells = line.rstrip("\r\n").split(self.delimiter)
+        literal = line.rstrip("\r\n").split(self.delimiter)
         if '"' not in line:
-            return cells
-        read = partial(csv.reader, delimiter=self.delimiter)
+            return literal
         if self.delimiter == "\t":  # a row is one line
-            with suppress(csv.Error):
-                cells = next(read([line], strict=True))
-            return cells
-        taken = list[str]()
+            return self._parse_line(line, strict=True) or literal
+        lines = [line]  # that the row takes
 
-        def parts() -> Iterator[str]:
-            for part in chain([line], following):
-                taken.append(part)
-                yield part
+        def take(line: str) -> str:
+            lines.append(line)
+            return line
 
+        parts = chain([line], map(take, following))
         try:
-            cells = next(read(parts(), strict=True))
-            lost = self._swallows(taken)
+            cells = next(csv.reader(parts, delimiter=self.delimiter, strict=True))
+            lost = self._swallows(lines)
         except csv.Error as error:  # a quotation mark inside a cell, or one that is not closed
-            lost = len(taken) > 1 or "end of data" in str(error)
-            with suppress(csv.Error):  # as spreadsheets read it
-                cells = next(read([line]))
+            cells = self._parse_line(line, strict=False) or literal  # as spreadsheets read it
+            lost = len(lines) > 1 or "end of data" in str(error)
         if lost:
             problem = (
                 f"'{self.path}' has a quotation mark in line {number} that is not closed in its row"
@@ -332,6 +328,12 @@ class DelimitedRows(TextRows):
                 f'{problem}, so that rows would be lost. Close it, or write each " of a text twice.'
             )
         return cells
+
+    def _parse_line(self, line: str, strict: bool) -> list[str]:
+        """The cells of one line by the rules of quotation marks; none if it breaks them."""
+        with suppress(csv.Error):
+            return next(csv.reader([line], delimiter=self.delimiter, strict=strict))
+        return []
 
     def _swallows(self, lines: list[str]) -> bool:
         """Whether a row of several lines seems to contain rows: two lines have enough cells, one of them an image."""
