@@ -65,29 +65,19 @@ class TableSource(EntrySource):
         names = self.file.columns
         self.name = path.name
         self.confined = columns.root is not None
-        root = self.file.folder if columns.root is None else columns.root
-        self.root = Path(root).expanduser()
-        if not self.root.is_dir():
-            raise UserError(f"There is no folder '{self.root}', to which image paths are relative.")
+        self.root = self._find_root(columns.root)
         image, self._captions, group = find_columns(names, columns, path)
         self.captions_from = " | ".join(map(printable, self._captions))
         split = by_lower_name(names).get(COLUMN)
-        # --- the columns, the image first, and the rows of each pair
-        texts = list[str]()
-        labels = list[str]()
-        for text, read in self._captions.items():
-            (texts if read == (text,) else labels).extend(name for name in read if name != image)
+        # --- the cells of the columns that are read, those of the image first
+        texts, labels = self._columns_of_captions(image)
         wanted = (image, *texts, *labels, group, split)
         self._columns = list(dict.fromkeys(filter(None, wanted)))
         self._label_names = {name: label_names(self.file, name) for name in self._columns}
         schema, batches = self.file.read(self._columns, texts, labels)
         self.table = self._load("cells", [self._columns, texts, labels], schema, batches)
-        # Hashing images pays only if their captions are merged.
-        captioned = bool(texts or labels)
-        groups = _group_rows(self.table.column(0), hashed=captioned)
-        schema = pa.schema([("rows", pa.large_list(pa.int64()))])
-        pairs = self._load("rows", [image, captioned], schema, groups)
-        self._pairs = pairs["rows"].chunk(0)
+        # --- the rows of each pair
+        self._pairs = self._group_pairs(image, captioned=bool(texts or labels))
         # (rows,) those of each pair, and (pairs,) where these begin
         self._rows = self._pairs.flatten().to_numpy()
         self._starts = self._pairs.offsets.to_numpy()[:-1]
@@ -102,6 +92,29 @@ class TableSource(EntrySource):
         self.columns = OnDemand(numbers)
         once = [name for name, count in Counter(names).items() if count == 1]
         self.cells = OnDemand({name: partial(self._texts, name) for name in once})
+
+    def _find_root(self, given: str | Path | None) -> Path:
+        """The folder that image paths are relative to: the given one, or that of the file."""
+        root = Path(self.file.folder if given is None else given).expanduser()
+        if not root.is_dir():
+            raise UserError(f"There is no folder '{root}', to which image paths are relative.")
+        return root
+
+    def _columns_of_captions(self, image: str) -> tuple[list[str], list[str]]:
+        """The columns that are captions, and those that are parts of templates, without the image's."""
+        texts = list[str]()
+        labels = list[str]()
+        for text, read in self._captions.items():
+            kind = texts if read == (text,) else labels
+            kind += [name for name in read if name != image]
+        return texts, labels
+
+    def _group_pairs(self, image: str, captioned: bool) -> pa.LargeListArray:
+        """The rows of each pair, (pairs, ...)."""
+        # Hashing images pays only if their captions are merged.
+        groups = _group_rows(self.table.column(0), hashed=captioned)
+        schema = pa.schema([("rows", pa.large_list(pa.int64()))])
+        return self._load("rows", [image, captioned], schema, groups)["rows"].chunk(0)
 
     def __len__(self) -> int:
         return len(self._pairs)
