@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -95,20 +95,26 @@ def write_others(
 def read_pair_list(path: Path) -> PairList:
     """Read a list of pairs; raises `UserError` if the file is invalid."""
     try:
-        listed = PairList(**json.loads(path.read_text("utf-8")))
-        columns = Columns(**listed.columns)  # type: ignore[arg-type]
-        if columns.root:
-            columns = replace(columns, root=resolve(str(columns.root), path.parent))
-        listed = listed._replace(source=resolve(listed.source, path.parent), columns=columns)
-        indices = np.asarray(listed.indices)
-        steps = np.diff(indices, prepend=-1, append=listed.total)
-        rising = indices.dtype == np.int64 and (steps > 0).all()
-        names = (listed.source, columns.image, columns.group or "", columns.root or "")
-        texts = all(isinstance(name, str) for name in names)
-        if rising and texts and not listed.source.lower().endswith(LIST_KIND):  # no list of itself
-            return listed
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
-        pass
-    raise UserError(
-        f"'{path}' is not a list of pairs that declip wrote. Pass the pairs themselves."
-    )
+        return _parse(path)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise UserError(
+            f"'{path}' is not a list of pairs that declip wrote. Pass the pairs themselves."
+        ) from error
+
+
+def _parse(path: Path) -> PairList:
+    """Parse a list of pairs; an invalid file raises an error of any class."""
+    listed = PairList(**json.loads(path.read_text("utf-8")))
+    columns = Columns(**cast(Mapping[str, Any], listed.columns))
+    if columns.root:
+        columns = replace(columns, root=resolve(str(columns.root), path.parent))
+    listed = listed._replace(source=resolve(listed.source, path.parent), columns=columns)
+    indices = np.asarray(listed.indices)
+    steps = np.diff(indices, prepend=-1, append=listed.total)
+    rising = indices.dtype == np.int64 and (steps > 0).all()
+    names = (listed.source, columns.image, columns.group or "", columns.root or "")
+    texts = all(isinstance(name, str) for name in names)
+    of_a_list = listed.source.lower().endswith(LIST_KIND)  # perhaps of itself
+    if of_a_list or not (rising and texts):
+        raise ValueError("the source, a column or an index is invalid")
+    return listed
