@@ -24,6 +24,7 @@ from declip.interchange.transformers_files import (
     TOKENIZER,
     expect,
     image_keys,
+    image_processor,
     image_settings,
     read_json,
 )
@@ -264,17 +265,9 @@ class Huggingface(Format):
 
 def _preprocessor(model: DualEncoder) -> dict[str, Any]:
     image = model.recipe.image
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "CLIPProcessor",
-        "do_convert_rgb": True,
-        **PREPROCESSING,
-        "resample": RESAMPLE[image.interpolation],
-        "size": {"shortest_edge": image.resize},
-        "crop_size": {"height": image.size, "width": image.size},
-        "image_mean": list(image.mean),
-        "image_std": list(image.std),
-    }
+    size = {"shortest_edge": image.resize}
+    crop_size = {"height": image.size, "width": image.size}
+    return image_processor("CLIP", {**PREPROCESSING, "size": size, "crop_size": crop_size}, image)
 
 
 def _config(model: DualEncoder) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from declip.interchange.transformers_files import (
     TOKENIZER_CONFIG,
     expect,
     image_keys,
+    image_processor,
     image_settings,
     read_json,
 )
@@ -196,13 +197,5 @@ def config_of(model: DualEncoder, tower: SiglipTextTower) -> dict[str, Any]:
 def preprocessor_of(model: DualEncoder) -> dict[str, Any]:
     """Content of preprocessor_config.json."""
     image = model.recipe.image
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        "processor_class": "SiglipProcessor",
-        "do_convert_rgb": True,
-        **PREPROCESSING,
-        "size": {"height": image.size, "width": image.size},
-        "resample": RESAMPLE[image.interpolation],
-        "image_mean": list(image.mean),
-        "image_std": list(image.std),
-    }
+    size = {"height": image.size, "width": image.size}
+    return image_processor("Siglip", {**PREPROCESSING, "size": size}, image)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from declip.errors import UserError
+from declip.recipe.schema import ImageTowerConfig
 
 CONFIG, FILE = "config.json", "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
@@ -42,6 +43,21 @@ def image_settings(folder: Path, kind: str, defaults: Mapping[str, Any]) -> dict
     if not named.startswith(kind):
         raise UserError(f"its image processor is a {named}, not {kind}'s")
     return {**defaults, **given}
+
+
+def image_processor(
+    kind: str, settings: Mapping[str, Any], image: ImageTowerConfig
+) -> dict[str, Any]:
+    """Content of preprocessor_config.json: settings of a kind, such as "CLIP", with a model's normalization."""
+    return {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "processor_class": f"{kind}Processor",
+        "do_convert_rgb": True,
+        **settings,
+        "resample": RESAMPLE[image.interpolation],
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
 
 
 def image_keys(side: int, given: Mapping[str, Any]) -> dict[str, Any]:
