@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from conftest import refuses, tiny_tree
+from conftest import Lazy, refuses, tiny_tree
+from declip.models import device, inference
 from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import fingerprint
 from declip.models.folding import inference_tower
-from declip.models.inference import chunked, image_encoder
+from declip.models.inference import chunked, compiled_encoder, image_encoder
 from declip.models.precision import convert, pick_precision, precision_of
 from declip.recipe.schema import Recipe
+
+testing = Lazy("torch._dynamo.testing")
 
 
 def model_of(tower, size):
@@ -164,3 +167,44 @@ def test_images_are_encoded_a_few_at_a_time():
     most = 4 * torch.get_num_threads()
     assert seen[0] == min(most, 30)
     assert sum(seen) == 30
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Compile also on the CPU, from three images on."""
+    monkeypatch.setattr(device, "COMPILED_ON", ("cpu",))
+    monkeypatch.setattr(inference, "COMPILE_FROM", 3)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# A tower of the size of the built-in start, and CLIP's ResNet
+@pytest.mark.parametrize(("tower", "size"), [("tf_efficientnet_lite0", 64), ("resnet50_clip", 64)])
+def test_a_compiled_tower_is_one_graph_with_the_same_features(compiling, tower, size):
+    model = model_of(tower, size)
+    counter = testing.CompileCounterWithBackend("aot_eager")
+    pixels = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        encode = compiled_encoder(model, 4, batch_size=4, backend=counter)
+        for count in (4, 3, 1):
+            expected = model.encode_image(model.preprocessor.normalize(pixels[:count]))
+            torch.testing.assert_close(encode(pixels[:count]), expected, rtol=0, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_few_images_transformers_and_towers_that_fail_are_not_compiled(
+    compiling, caplog, monkeypatch
+):
+    def broken(graph, inputs):
+        raise ValueError("no compiler")
+
+    with torch.no_grad():
+        assert compiled_encoder(model_of("declip_conv_tiny", 32), 2, 4) is None
+        assert compiled_encoder(model_of("declip_vit_tiny", 32), 3, 4) is None
+        assert caplog.text == ""
+        assert compiled_encoder(model_of("declip_conv_tiny", 32), 3, 4, broken) is None
+    assert "no compiler" in caplog.text
+    monkeypatch.setattr(device, "COMPILED_ON", ("cuda",))
+    assert compiled_encoder(model_of("declip_conv_tiny", 32), 3, 4) is None

@@ -15,10 +15,13 @@ import torch
 from PIL import Image
 
 import declip
-from conftest import draw, encoded, refuses
+from conftest import draw, encoded, refuses, tiny_tree
 from data.fakes import write_tar
 from declip.data.columns import Columns
 from declip.data.sources.folder import FolderSource
+from declip.models import device, inference
+from declip.models.dual_encoder import DualEncoder
+from declip.recipe.schema import Recipe
 from declip.search import embed as embedding
 from declip.search.store import open_index
 from indices import tiny_model
@@ -367,3 +370,28 @@ def test_a_call_that_is_killed_at_any_moment_leaves_an_index_or_continues(
             break
     assert number > 0
     assert all(result == results[0] for result in results)
+
+
+def test_many_images_are_embedded_by_a_compiled_tower(folder, tmp_path, monkeypatch):
+    tree = tiny_tree("unused", image={"model": "declip_conv_tiny", "size": 32})
+    conv = DualEncoder(Recipe.model_validate(tree))  # in training mode
+    statistics = {name: value.clone() for name, value in conv.named_buffers()}
+    compiled = []
+
+    def compile_it(function, **_):
+        return lambda pixels: compiled.append(len(pixels)) or function(pixels)
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    monkeypatch.setattr(device, "COMPILED_ON", ("cpu",))
+    count = len(FolderSource(folder))
+    indices = []
+    for least in (count + 1, count):
+        assert compiled == []
+        monkeypatch.setattr(inference, "COMPILE_FROM", least)
+        monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / f"cache-{least}"))
+        out = tmp_path / f"index-{least}"
+        indices.append(declip.embed(conv, folder, out=out, batch_size=5, workers=0))
+    assert compiled == [5] * (1 + -(-count // 5)), "black pixels, then the images"
+    plain, fast = (index.vectors(range(count)) for index in indices)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=2e-3)
+    assert all(torch.equal(statistics[name], value) for name, value in conv.named_buffers())

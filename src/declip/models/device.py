@@ -9,6 +9,7 @@ from declip.errors import UserError
 from declip.recipe.schema import known_device
 
 GENERATORS = ("cuda", "mps")  # devices with another generator than the CPU's
+COMPILED_ON = ("cuda",)  # on a CPU compiling gained 3 to 5 % with small towers, else nothing
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # instructions of Intel and AMD, Intel, Arm
 
 
@@ -45,6 +46,11 @@ def computes_bf16(device: torch.device) -> bool:
     ):
         return False  # not every torch tells its instructions
     return any(torch.cpu.get_capabilities().get(name) for name in CPU_BF16)
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether `torch.compile` makes towers faster on a device."""
+    return device.type in COMPILED_ON
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -19,11 +19,12 @@ from declip.data.sources.names import absolute, relative, resolve, stored_path
 from declip.data.sources.open import ImageSource, open_images, open_source
 from declip.data.sources.python_items import Items
 from declip.errors import UserError, check_range, unknown
-from declip.evaluation.encode import encode_batches, text_features
+from declip.evaluation.encode import encode_batches, eval_mode, text_features
 from declip.interchange.read import folder_or_name, loaded
 from declip.io.pool import pairs_bar
 from declip.models.encoder import Encoder
 from declip.models.fingerprint import fingerprint
+from declip.models.inference import compiled_encoder
 from declip.models.precision import Precision, precision_of
 from declip.search.index import Index
 from declip.search.info import Dtype, IndexInfo, SourceInfo, is_index
@@ -138,8 +139,11 @@ class _Embedding:
             batches.append([missing[at : at + self.batch_size] for at in starts])
         # --- one stream of batches, so that the processes that read images start once
         missing_images = list(chain(*batches))
+        count = sum(map(len, missing_images))
+        with eval_mode(self.model):
+            encode = compiled_encoder(self.model, count, self.batch_size)
         stream = encode_batches(
-            self.model, self.source, read_image, missing_images, self.workers, self.progress
+            self.model, self.source, read_image, missing_images, self.workers, self.progress, encode
         )
         for block, own in zip(blocks, batches, strict=True):
             for vectors, indices, broken in islice(stream, len(own)):
