@@ -116,6 +116,16 @@ def test_gpu_parts_that_compare_runs_work_on_a_cpu(gpu):
     assert [row["value"] < 1e-3 for row in printed["two-processes"]["rows"]] == [True] * 2
 
 
+def test_gpu_waits_are_those_of_a_step_of_two_processes(gpu, scripts, monkeypatch):
+    def waits_of(step, cuda):
+        return ["loss.py:1"] if "loss" in step() else []
+
+    monkeypatch.setattr(scripts("gpu"), "waits_of", waits_of)
+    _, printed = gpu("--only", "waits-of-two")
+    (row,) = printed["waits-of-two"]["rows"]
+    assert (row["value"], row["note"]) == (1, "loss.py:1")
+
+
 def test_the_functions_at_which_runs_are_killed_exist(scripts):
     moments = scripts("kills").MOMENTS
     assert [

@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import Lazy
 from data.images.test_crops import MEAN, STD, applied, colors, sampled, transform
+from declip.data.batch import unpack_photometric
 from declip.data.images import fused_views
+from declip.models import device
 from declip.models.dual_encoder import DualEncoder
+from declip.models.layers import blocks_of
 from declip.training.assemble import assemble
 from declip.training.parallel import compile_blocks
 from declip.training.trainer import Trainer
@@ -91,3 +95,44 @@ def test_color_changes_are_one_graph_for_any_number_of_images(counter):
             finish(images, params, mean, std), applied(images, params), rtol=0, atol=1e-5
         )
     assert counter.frame_count == 1
+
+
+class Copied(TorchDispatchMode):
+    """Counts the numbers that are copied from the host to the device "meta"."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].is_cpu and out.is_meta:
+            self.numbers += out.numel()
+        return out
+
+
+def test_views_copy_few_numbers_to_the_device():
+    """Nine of each image; of a blurred one its row and the 13 weights of its blur, not their matrix."""
+    params = sampled(transform(24), 100, np.random.default_rng(0))
+    blurred = int(unpack_photometric(params).sigma.count_nonzero())
+    images = torch.empty(100, 3, 24, 24, dtype=torch.uint8, device="meta")
+    mean, std = (torch.tensor(values, device="meta") for values in (MEAN, STD))
+    with Copied() as copied:
+        fused_views.apply(images, params, mean, std)
+    assert blurred > 10
+    assert copied.numbers == 9 * 100 + 14 * blurred
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_run_compiles_blocks_and_views_if_asked(table, tmp_path, monkeypatch, asked):
+    compiled = []
+    monkeypatch.setattr(device, "COMPILED_ON", ("cpu",))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: compiled.append(function) or function
+    )
+    recipe = recipe_for(table, "clip", {"image": VIT}, steps=1, compile=asked)
+    state = assemble(recipe, tmp_path)
+    state.lock.close()
+    blocks = [*blocks_of(state.model.image_tower), *blocks_of(state.model.text_tower)]
+    assert len(compiled) == (len(blocks) + 1 if asked else 0)
+    assert (fused_views.change_colors in compiled) == asked

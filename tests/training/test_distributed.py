@@ -3,10 +3,11 @@
 import functools
 from dataclasses import replace
 from functools import partial
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from conftest import TINY, WEIGHTS, in_processes, refuses
 from data.fakes import Noise
@@ -211,7 +212,13 @@ def normed(make, rows):
 
 def normed_here():
     rows = slice(0, 5) if distributed.rank() == 0 else slice(5, 8)
-    return normed(SharedBatchNorm, rows)
+    with (
+        patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers,
+        patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sums,
+    ):
+        found = normed(SharedBatchNorm, rows)
+    assert (gathers.call_count, sums.call_count) == (1, 1), "one collective in each direction"
+    return found
 
 
 def test_batch_norm_over_two_processes_is_torchs_and_waits_for_no_device(tmp_path):

@@ -325,3 +325,41 @@ def test_a_model_without_memory_for_it_is_one_error(table, tmp_path):
 def test_sizes_beyond_all_models_are_refused(key):
     large = {key: 100_000_000}
     refuses(rf"{key}=100000000.*less than or equal to", load_recipe, "demo-clip", large)
+
+
+class Marked(list):
+    """Pairs of which each access leaves the number of its process in a folder."""
+
+    def __getitem__(self, index):
+        (self.folder / str(os.getpid())).touch()
+        return super().__getitem__(index)
+
+
+def test_images_of_an_evaluation_are_read_by_loader_processes(rows, table, tmp_path):
+    held_out = Marked((row["image"], row["caption"]) for row in rows[:8])
+    held_out.folder = tmp_path / "readers"
+    held_out.folder.mkdir()
+    recipe = recipe_for(table, "clip", {"data": {"source": str(table), "workers": 1}}, steps=1)
+    recipe = recipe.with_keys({"evaluation.retrieval": ("python:held-out",)})
+    trainer_of(recipe, tmp_path / "run", sources={"python:held-out": held_out}).train()
+    readers = {path.name for path in held_out.folder.iterdir()}
+    assert len(readers - {str(os.getpid())}) == 1
+
+
+def test_a_gpu_gets_the_options_of_the_recipe(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    set_precision = Mock()
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_precision)
+    recipe = recipe_for(table, "clip", matmul_precision="high")
+    assembly.set_up(torch.device("cpu"), recipe.train)
+    assert (torch.backends.cudnn.benchmark, set_precision.called) == (False, False)
+    for deterministic in (False, True):
+        monkeypatch.setattr(
+            torch, "are_deterministic_algorithms_enabled", lambda asked=deterministic: asked
+        )
+        assembly.set_up(torch.device("cuda"), recipe.train)
+        assert torch.backends.cudnn.benchmark != deterministic
+    set_precision.assert_called_with("high")
+    monkeypatch.setattr(assembly, "set_up", set_up := Mock())
+    trainer_of(recipe, tmp_path).state.lock.close()
+    set_up.assert_called_once_with(torch.device("cpu"), recipe.train)
