@@ -165,6 +165,8 @@ WITHOUT_TORCH = {
     "app . . --caption x.txt": "--caption",
     "embed . builtin:nonsense --out x": "'nonsense'. Known: clipart, emoji",
     "train clip --data . evaluation.zero_shot=[builtin:nonsense]": "'nonsense'",
+    "data download builtin:nonsense": "'nonsense'",
+    "data download nonsense:x": "'nonsense'",
     "finetune builtin:nonsense": "'nonsense'",
     "classify . . --classes a,b --templates nonsense": "template set 'nonsense'",
     "evaluate . --dataset . --templates nonsense": "template set 'nonsense'",

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from declip.data.sources.open import download, open_source
+from declip.data.sources.download import download
+from declip.data.sources.open import open_source
 from declip.errors import UserError
 from declip_sets import NAMES, fetch
 from declip_sets.drawing import fill_square

@@ -11,7 +11,8 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image, ImageDraw
 
 import declip
-from declip.data.sources.open import download, open_source
+from declip.data.sources.download import download
+from declip.data.sources.open import open_source
 from declip.evaluation.datasets import open_dataset
 from declip_sets import sets
 from declip_sets.fetch import FOLDER_VARIABLE

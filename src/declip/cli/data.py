@@ -21,7 +21,7 @@ def download(
     progress: opt.Progress = True,
 ) -> None:
     """Download a built-in set and render its images, once."""
-    from declip.data.sources.open import download as fetch
+    from declip.data.sources.download import download as fetch
 
     say(f"Ready: {fetch(name, progress=progress)}")
 

@@ -11,14 +11,14 @@ import numpy as np
 
 from declip.data.columns import DEFAULT, Columns
 from declip.data.pair import PairSource, printable
-from declip.data.sources.open import NO_SOURCES, Sources, names_plugin, open_source
+from declip.data.sources.open import NO_SOURCES, Sources, open_source
 from declip.data.sources.python_items import PREFIX, Items
 from declip.data.sources.splits import splits_of
 from declip.data.sources.subset import Subset
 from declip.data.sources.table import find_table
 from declip.errors import UserError, unknown
 from declip.evaluation.readers import NAMED, Openers, labeled_table
-from declip.io.plugins import BUILTIN, plugins
+from declip.io.plugins import BUILTIN, names_plugin, plugins
 
 
 class LabeledSource(PairSource):

@@ -56,6 +56,12 @@ def run_file(path: Path, content: str) -> dict[str, Any]:
     return run_own(f"'{path}' cannot be run", lambda: runpy.run_path(str(path), run_name=path.stem))
 
 
+def names_plugin(text: str) -> bool:
+    """Whether a name has the form KIND:REST, and KIND is a plugin's or "builtin"."""
+    kind, colon, _ = text.partition(":")
+    return bool(colon) and (kind == BUILTIN or kind in plugins("sources"))
+
+
 def run_own(problem: str, run: Callable[[], Any]) -> Any:
     """Run code of the user's own; what it raises becomes a `UserError` that begins with the problem."""
     try:

@@ -7,7 +7,8 @@ import pytest
 
 from conftest import refuses
 from data.fakes import Noise
-from declip.data.sources.open import download, open_source
+from declip.data.sources.download import download
+from declip.data.sources.open import open_source
 from declip.evaluation.datasets import open_dataset
 from declip.io import plugins
 from declip.recipe.checks import check_source

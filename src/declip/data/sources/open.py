@@ -15,8 +15,8 @@ from declip.data.sources.pair_list import LIST_KIND, read_pair_list
 from declip.data.sources.python_items import PREFIX, Items, ItemSource
 from declip.data.sources.shards import ShardSource
 from declip.data.sources.table import TABLE_KINDS, TableSource, find_table
-from declip.errors import UserError, unknown
-from declip.io.plugins import BUILTIN, check_builtin, load_plugin, plugins
+from declip.errors import UserError
+from declip.io.plugins import check_builtin, load_plugin, names_plugin
 
 Sources = Mapping[str, PairSource | Items]
 """Python objects by the names that a recipe has for them."""
@@ -98,12 +98,6 @@ def open_source(
     return listed.of(open_source(listed.source, listed.columns, sources), path)
 
 
-def names_plugin(text: str) -> bool:
-    """Whether a name has the form KIND:REST, and KIND is a plugin's or "builtin"."""
-    kind, colon, _ = text.partition(":")
-    return bool(colon) and (kind == BUILTIN or kind in plugins("sources"))
-
-
 def _open_with_plugin(text: str, columns: Columns) -> PairSource:
     check_builtin(text)
     kind, _, rest = text.partition(":")
@@ -114,28 +108,6 @@ def _open_with_plugin(text: str, columns: Columns) -> PairSource:
             f"The source '{kind}:' of a plugin returned a {returned}, not a PairSource."
         )
     return source
-
-
-def download(name: str, cache: Path | None = None, progress: bool = True) -> Path:
-    """Download a source of a plugin, such as builtin:emoji, unless it is there, and return its folder.
-
-    Args:
-        name: KIND:REST, where KIND is an entry point in the group ``declip.downloads``; without a
-            colon, a built-in set.
-        cache: Cache folder; None: the default one.
-        progress: Whether progress is shown on standard error.
-    """
-    kind, colon, rest = name.partition(":")
-    if not names_plugin(name) and Path(name).expanduser().exists():
-        problem = f"'{name}' is not a built-in set but a path"
-        raise UserError(f"{problem}, which every command takes without a download.")
-    if not colon:
-        kind = BUILTIN
-        rest = name
-    if kind != BUILTIN and kind not in plugins("downloads"):
-        raise unknown("source to download", kind, [BUILTIN, *plugins("downloads")])
-    check_builtin(f"{kind}:{rest}")
-    return load_plugin("downloads", kind)(rest, cache, progress)
 
 
 class ImageSource:
