@@ -116,13 +116,11 @@ def solve(
     x_width, y_width = widths or known.crossed.shape
     crossed = x.axes.mT @ known.crossed @ y.axes  # (v, w)
     slope = known.crossed.trace()
-    identity = torch.empty(0)  # in the axes of both sides, which have one space
-    if any(form.method == "pulled" for form in forms):
-        identity = x.axes.mT @ y.axes
     maps = []
     for method, ridge in forms:
         images, texts = AlongAxes(x.moments, ridge, x_width), AlongAxes(y.moments, ridge, y_width)
         if method == "pulled":
+            identity = x.axes.mT @ y.axes
             maps.append(pulled(images, texts, crossed, slope, identity))
         else:
             maps.append(projections(images, texts, crossed, method))

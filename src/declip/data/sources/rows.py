@@ -309,9 +309,9 @@ class DelimitedRows(TextRows):
             return self._parse_line(line, strict=True) or literal
         lines = [line]  # that the row takes
 
-        def take(line: str) -> str:
-            lines.append(line)
-            return line
+        def take(another: str) -> str:
+            lines.append(another)
+            return another
 
         parts = chain([line], map(take, following))
         try:
