@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 from declip.interchange.read import load
 from declip.models.dual_encoder import DualEncoder
 from declip.models.inference import image_encoder
-from declip.models.precision import convert, precision_of
+from declip.models.precision import Precision, convert, precision_of
 from declip.recipe.load import load_recipe
 from declip.recipe.starts import STARTS
 from declip.search.embed import embed
@@ -52,10 +52,10 @@ def write_images(folder: Path, width: int, height: int, count: int) -> list[Path
     return paths
 
 
-def build(tower: str, precision: str) -> DualEncoder:
+def build(tower: str, precision: Precision) -> DualEncoder:
     """Build declip's model."""
     if tower in STARTS:
-        return load(tower, "cpu", precision)  # type: ignore[arg-type]
+        return load(tower, "cpu", precision)
     torch.manual_seed(0)
     keys = {"image.model": TOWERS[tower], "image.size": 224, "embed_dim": 512}
     return convert(DualEncoder(load_recipe("few-clip", keys), towers="image").eval(), precision)

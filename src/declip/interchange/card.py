@@ -57,7 +57,8 @@ def without_folders(given: str) -> str:
     """Remove local folders, and the query of a URL, from the name of a source, a set or weights."""
     if given.startswith(HUB_PREFIXES) or "://" in given:
         return given.partition("?")[0]
-    prefix, path = re.fullmatch(r"((?:[\w-]+:)*)(.*)", given, re.DOTALL).groups()  # type: ignore[union-attr]
+    path = re.sub(r"^(?:[\w-]+:)+", "", given)
+    prefix = given.removesuffix(path)
     if prefix in (
         open_clip_model.PREFIX,
         timm_weights.PREFIX,

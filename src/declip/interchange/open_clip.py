@@ -335,7 +335,7 @@ def _express_wrapped(
     tensors = {
         f"{prefix}{name}": tensor
         for prefix, tower in zip(PREFIXES, (model.image_tower, model.text_tower), strict=True)
-        for name, tensor in library_state(tower, tower.state_dict()).items()  # type: ignore[arg-type]
+        for name, tensor in library_state(tower, tower.state_dict()).items()  # type: ignore[arg-type]  # both are wrapped
     }
     tensors |= {name: t for name, t in model.state_dict().items() if name.startswith("logit_")}
     config = copy.deepcopy(dict(stored.config)) | {"custom_text": True}

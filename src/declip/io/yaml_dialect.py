@@ -10,7 +10,7 @@ try:  # ten times as fast; wheels of PyYAML have it
     from yaml import CSafeDumper as SafeDumper
     from yaml import CSafeLoader as SafeLoader
 except ImportError:
-    from yaml import SafeDumper, SafeLoader  # type: ignore[assignment]
+    from yaml import SafeDumper, SafeLoader  # type: ignore[assignment]  # the same, in Python
 
 # limits of a recipe; the shipped ones have some 3,000 characters and 4 levels
 MAX_CHARACTERS = 1 << 17

@@ -62,11 +62,11 @@ class NeighborProjection(nn.Module):
     @property
     def classes(self) -> Tensor:
         """Rows of the classifier, (c, v), if the projection has one."""
-        return self.projection.classes  # type: ignore[return-value]
+        return self._posteriors.classes
 
     def embed_classes(self) -> Tensor:
         """Embed the classes of the classifier, (c, d)."""
-        embedded: Tensor = self.projection.embed_classes()  # type: ignore[operator]
+        embedded = self._posteriors.embed_classes()
         centers = self.classes - self.classes.mean(dim=0)
         return self._extended(centers + self.mean, embedded)
 
@@ -74,7 +74,12 @@ class NeighborProjection(nn.Module):
         """The projection without neighbors, and without class posteriors."""
         if isinstance(self.projection, nn.Linear):
             return self.projection
-        return self.projection.linear()  # type: ignore[operator]
+        return self._posteriors.linear()
+
+    @property
+    def _posteriors(self) -> PosteriorProjection:
+        assert isinstance(self.projection, PosteriorProjection)
+        return self.projection
 
 
 def neighbor_tensors(own: Mapping[str, Tensor], side: Side, known: Neighbors) -> dict[str, Tensor]:

@@ -101,7 +101,7 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict(built)
         self.needs = needs_of(recipe, terms)
         self.reaches_all = any(term.reaches_all for term in active.values())
-        self.reads_pixels = any(term.reads_pixels for _, term in self._terms())
+        self.reads_pixels = any(term.reads_pixels for _, term in self.named_terms())
         # The first loss that compares images with captions, and beginnings of names of layers whose outputs are words
         comparing = [name for name, term in active.items() if term.compares_pairs]
         self.watched = comparing[0] if comparing else None
@@ -115,15 +115,15 @@ class Objective(nn.Module):
 
     def attach(self, model: DualEncoder) -> None:
         """Change the model for training by these losses, before the optimizer is built."""
-        uses_bias = any(term.uses_bias for _, term in self._terms())
+        uses_bias = any(term.uses_bias for _, term in self.named_terms())
         if model.logit_bias is not None and not uses_bias:
             model.logit_bias.requires_grad_(False)  # softmax does not see it
-        for _, term in self._terms():
+        for _, term in self.named_terms():
             term.attach(model)
 
     def prepare(self, source: PairSource, model: DualEncoder) -> None:
         """Prepare every loss, before the optimizer is built and a checkpoint is loaded."""
-        for _, term in self._terms():
+        for _, term in self.named_terms():
             term.prepare(source, model)
         self.to(model.device)
 
@@ -148,7 +148,7 @@ class Objective(nn.Module):
         offset: int,
     ) -> dict[str, Tensor]:
         """Compute the losses from the towers' outputs for the whole batch, as `forward`."""
-        terms = self._terms()
+        terms = self.named_terms()
         # (V, B, d) and (T, B, d)
         images = F.normalize(to_float32(outputs.images), dim=-1)
         texts = F.normalize(to_float32(outputs.texts), dim=-1)
@@ -210,16 +210,17 @@ class Objective(nn.Module):
         """Keep the logit scale within its limits and update the losses' own state, after the optimizer's step."""
         limits = self.recipe.logit_scale
         model.logit_scale.clamp_(min=limits.min, max=limits.max)
-        for _, term in self._terms():
+        for _, term in self.named_terms():
             term.after_step(model)
 
     def process_state(self) -> dict[str, Tensor]:
         """The tensors that differ between processes, see `Term.process_state`, on the host."""
-        starts = _names(dict(self._terms()), "process_state")
+        starts = _names(dict(self.named_terms()), "process_state")
         state = self.state_dict()
         return {name: state[name].cpu() for name in state if name.startswith(starts)}
 
-    def _terms(self) -> list[tuple[str, Term]]:
+    def named_terms(self) -> list[tuple[str, Term]]:
+        """The losses and their names."""
         return list(self.terms.items())  # type: ignore[arg-type]  # a ModuleDict does not know its values' class
 
     def _captions(self, batch: PairBatch, masked: bool) -> tuple[Tensor, int, Tensor | None]:

@@ -23,8 +23,8 @@ def write_examples(state: RunState, batch: PairBatch) -> None:
     """Write examples.json: the training source, the losses with their chance levels, and a sheet of views."""
     source = state.source
     losses = dict[str, dict[str, Any]]()
-    for name, term in state.objective.terms.items():
-        chance = term.chance(state.recipe.train.batch_size)  # type: ignore[operator]
+    for name, term in state.objective.named_terms():
+        chance = term.chance(state.recipe.train.batch_size)
         title = getattr(term, "title", name)  # a user's own term may have none
         losses[name] = {"title": title, "explanation": term.explanation, "chance": chance}
     sheet = view_sheet(batch, state.recipe.image, state.model.tokenizer)

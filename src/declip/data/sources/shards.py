@@ -216,7 +216,11 @@ def members(file: OpenFile) -> Iterator[tuple[str, int, int]]:
     headers = _Headers(file)
     at = 0
     try:
-        tar = tarfile.TarFile(fileobj=headers, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
+        tar = tarfile.TarFile(
+            fileobj=headers,  # type: ignore[arg-type]  # it can only read, seek and tell, which is enough
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
         while at < file.size and file.read(tarfile.BLOCKSIZE, at) != END:
             headers.seek(at)
             info = tarfile.TarInfo.fromtarfile(tar)
