@@ -52,7 +52,23 @@ def torchrun(asked):
         (asked / "ended").touch()
 
 
+def children(pid):
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield int(child)
+
+
+def family(pid):
+    yield pid
+    for child in children(pid):
+        yield from family(child)
+
+
 def rank(*words):
+    # While a rank connects, a thread of the agent holds the C library's lock for names: a rank forked then hangs.
+    end = time.monotonic() + 60
+    while len(list(children(os.getppid()))) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
     sys.argv = ["declip", *words]
     cli.main()
 
@@ -78,13 +94,6 @@ def forked(function, *arguments):
     forking.start()
     forking.join()
     return process
-
-
-def family(pid):
-    yield pid
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield from family(int(child))
 
 
 def mortal(marker, *words):
