@@ -1,7 +1,11 @@
 """Workflows, issue templates and constraints: files that only a host or an installer reads."""
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
+from datetime import UTC, datetime
 
 import pytest
 import yaml
@@ -82,6 +86,29 @@ def test_a_release_is_tested_elsewhere_and_published_without_a_secret():
     assert {"build", "test", "attest"} <= set(jobs["publish"]["needs"])
     assert jobs["publish"]["permissions"] == {"id-token": "write"}
     assert "secrets." not in (HOSTED / "workflows" / "release.yml").read_text(encoding="utf-8")
+
+
+def test_a_release_is_cited_by_its_commit(tmp_path):
+    [command] = [
+        step["run"]
+        for step in read(HOSTED / "workflows" / "release.yml")["jobs"]["build"]["steps"]
+        if "CITATION.cff" in step.get("run", "")
+    ]
+    shutil.copy(ROOT / "CITATION.cff", tmp_path)
+    host = {
+        "GITHUB_SERVER_URL": "https://host",
+        "GITHUB_REPOSITORY": "a/b",
+        "GITHUB_SHA": "1f" * 20,
+    }
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=os.environ | host, check=True)
+    before, after = read(ROOT / "CITATION.cff"), read(tmp_path / "CITATION.cff")
+    added = {key: str(value) for key, value in after.items() if key not in before}
+    today = datetime.now(UTC).date().isoformat()
+    assert added == {
+        "commit": "1f" * 20,
+        "date-released": today,
+        "repository-code": "https://host/a/b",
+    }
 
 
 def test_issue_forms_have_the_fields_that_a_form_needs():
