@@ -29,17 +29,22 @@ from declip.evaluation.results import read_result, sample_per_class
 from declip.evaluation.zero_shot import class_features
 from declip.models.encoder import as_encoder
 
+WIDTH = 17
+"""Of features before the projection; embeddings have 12."""
+
 
 def made_up(shots, classes=6, noise=0.5, names=0.0, seed=0):
     """Classes around random directions; `names` is the noise of their names, in units of the classes' distance."""
     rng = torch.Generator().manual_seed(seed)
-    centers = torch.randn(classes, 12, generator=torch.Generator().manual_seed(99))
+    fixed = torch.Generator().manual_seed(99)
+    centers = torch.randn(classes, 12, generator=fixed)
     labels = torch.arange(classes).repeat_interleave(shots)
     images = normalize(
         centers[labels] + noise * 3.5 * torch.randn(len(labels), 12, generator=rng) + 1, dim=1
     )
     texts = normalize(centers + names * 3.5 * torch.randn(classes, 12, generator=rng) - 2, dim=1)
-    return Examples(torch.cat([images, images], dim=1), labels, texts, 12)
+    turned, _ = torch.linalg.qr(torch.randn(WIDTH, 12, generator=fixed))
+    return Examples(torch.cat([images @ turned.mT, images], dim=1), labels, texts, WIDTH)
 
 
 def accuracy(head, test):
@@ -52,14 +57,14 @@ def test_the_weight_minimizes_the_weighted_squared_error(shots, classes):
     examples, form = made_up(shots), FewShotForm(4.0, 0.1)
     examples = examples.take(examples.labels < classes)
     head = fit_mixture(examples, {form: 2.0})
-    x = centered(examples.images, center_of(examples), 12) / 2**0.5
+    x = centered(examples.images, center_of(examples), WIDTH) / 2**0.5
     names = normalize(examples.names - examples.names.mean(0), dim=1)
-    x = torch.cat([x, torch.cat([torch.zeros_like(names), names / 2**0.5], dim=1)])
+    x = torch.cat([x, torch.cat([torch.zeros(6, WIDTH), names / 2**0.5], dim=1)])
     y = torch.cat([one_hot(examples.labels, 6), torch.eye(6)]) - 1 / 6
     w = torch.cat([torch.full((classes * shots,), 1 / shots), torch.full((6,), 4 / shots)])
     w[len(x) - 6 + classes :] = 1 + 4
-    expected = torch.linalg.solve(x.T * w @ x + 0.1 * torch.eye(24), x.T * w @ y).T
-    z = centered(made_up(3, seed=1).images, head.center, 12) / 2**0.5
+    expected = torch.linalg.solve(x.T * w @ x + 0.1 * torch.eye(WIDTH + 12), x.T * w @ y).T
+    z = centered(made_up(3, seed=1).images, head.center, WIDTH) / 2**0.5
     assert torch.allclose(head.scores(made_up(3, seed=1).images), 2 * z @ expected.T, atol=1e-4)
 
 
@@ -115,7 +120,7 @@ def test_images_of_one_group_are_left_out_together():
     objects = np.arange(10).repeat(6)
     # Six views of each object, whose classes are drawn at random
     examples = made_up(6, classes=10, noise=0.03)
-    examples = Examples(examples.images, torch.from_numpy(objects % 3), torch.eye(3, 12), 12)
+    examples = Examples(examples.images, torch.from_numpy(objects % 3), torch.eye(3, 12), WIDTH)
     alone, together = fit_few_shot(examples), fit_few_shot(examples, groups=objects)
     assert (alone.accuracy.value > 0.9, together.accuracy.value < 0.6) == (True, True)
     assert (alone.accuracy.n, together.accuracy.n) == (60, 10), (
@@ -202,6 +207,6 @@ def test_the_center_is_the_mean_of_class_means():
     # One image of the first class, four of the others
     examples = made_up(4).take(torch.arange(24) > 2)
     means = [
-        halves(examples.images[examples.labels == label], 12).mean(dim=0) for label in range(6)
+        halves(examples.images[examples.labels == label], WIDTH).mean(dim=0) for label in range(6)
     ]
     assert torch.allclose(center_of(examples), torch.stack(means).mean(dim=0), atol=1e-6)
