@@ -13,8 +13,8 @@ from declip.closed_form.regression import (
     RegressionRows,
     centered,
     moments,
+    project_out,
     regression_rows,
-    without,
 )
 from declip.closed_form.solve import Form, of_length_1, solve_one, split_product
 
@@ -93,8 +93,8 @@ def raw_heads(
     """Heads of features that are not centered, from those of centered ones and both means."""
     own = len(x_mean)
     # Equal features have no variance in the mean's direction, others have: it must stay ignored.
-    image = torch.cat([without(image[:, :own], x_mean), image[:, own:]], dim=1)
-    return Heads(image, without(text, y_mean), known)
+    image = torch.cat([project_out(image[:, :own], x_mean), image[:, own:]], dim=1)
+    return Heads(image, project_out(text, y_mean), known)
 
 
 def mix(start: Heads, end: Heads, alpha: float) -> Heads:

@@ -29,14 +29,14 @@ class PosteriorFeatures(NamedTuple):
 
         (…, v + c).
         """
-        own = normalize(without(images, self.direction), dim=-1)
+        own = normalize(project_out(images, self.direction), dim=-1)
         logits = images @ self.rows.mT
         powers = (POSTERIOR_POWER * logits.log_softmax(dim=-1)).exp()
         return torch.cat([own, powers], dim=-1)
 
     def class_features(self) -> Tensor:
         """Features (c, v + c) of the classes: an image that is nothing else, where its class is."""
-        centers = normalize(without(class_centers(self.rows), self.direction), dim=-1)
+        centers = normalize(project_out(class_centers(self.rows), self.direction), dim=-1)
         return torch.cat([centers, torch.eye(len(centers)).to(centers)], dim=1)
 
 
@@ -104,10 +104,10 @@ def regression_rows(
 def centered(features: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Features (n, v) of unit length without the direction of a mean (v,); that too."""
     direction = normalize(mean.to(features), dim=0)
-    return normalize(without(features, direction), dim=-1), direction
+    return normalize(project_out(features, direction), dim=-1), direction
 
 
-def without(rows: Tensor, direction: Tensor) -> Tensor:
+def project_out(rows: Tensor, direction: Tensor) -> Tensor:
     """Rows (…, v) without their part in a direction (v,) of unit length."""
     return rows - (rows @ direction)[..., None] * direction
 

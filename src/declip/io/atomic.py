@@ -59,17 +59,17 @@ def csv_path(given: str | Path, option: str = "--out") -> Path:
 
 @contextmanager
 def atomic_write(
-    target: Path, elsewhere: str = f"set {CACHE_VARIABLE} to another folder", durable: bool = False
+    target: Path, hint: str = f"set {CACHE_VARIABLE} to another folder", durable: bool = False
 ) -> Iterator[Path]:
     """Yield a temporary path for a file or a folder, and rename it to `target` when the block succeeds.
 
-    A file that is replaced keeps its permissions, and one behind a symbolic link is replaced, not the link. `elsewhere`
+    A file that is replaced keeps its permissions, and one behind a symbolic link is replaced, not the link. `hint`
     says how to choose another path. `durable` files survive a power failure, with the old or new content.
     """
     # Such as /dev/null
     if not target.name or (target.exists() and not (target.is_file() or target.is_dir())):
         raise UserError(
-            f"'{target}' cannot be replaced. Give the path of a file or folder; {elsewhere}."
+            f"'{target}' cannot be replaced. Give the path of a file or folder; {hint}."
         )
     if target.is_symlink():
         target = Path(os.path.realpath(target))
@@ -77,7 +77,7 @@ def atomic_write(
         target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("partial", "old")
     )
     try:
-        with _user_errors(target, elsewhere):
+        with _user_errors(target, hint):
             target.parent.mkdir(parents=True, exist_ok=True)
             # Left by killed processes: old ones, and those of an earlier process of the same number.
             for path in target.parent.glob(f".{escape(target.name)}.*"):
@@ -131,16 +131,16 @@ def _runs(process: str) -> bool:
 
 
 @contextmanager
-def locked_for(target: Path, lock: Path, elsewhere: str, timeout: float = 0) -> Iterator[None]:
+def locked_for(target: Path, lock: Path, hint: str, timeout: float = 0) -> Iterator[None]:
     """Hold a lock while `target` is written; raises `UserError` if another process holds it after `timeout` seconds."""
     with ExitStack() as stack:
         try:
-            with _user_errors(target, elsewhere):
+            with _user_errors(target, hint):
                 lock.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(file_lock(lock, timeout))
         except Timeout as error:
             raise UserError(
-                f"Another process is writing to '{target}'. Wait for it, or {elsewhere}."
+                f"Another process is writing to '{target}'. Wait for it, or {hint}."
             ) from error
         yield
 
@@ -193,9 +193,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str, elsewhere: str = HINT, durable: bool = False) -> Path:
+def write_text(path: Path, text: str, hint: str = HINT, durable: bool = False) -> Path:
     """Write a text file atomically, see `atomic_write`."""
-    with atomic_write(path, elsewhere, durable) as partial:
+    with atomic_write(path, hint, durable) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
@@ -228,16 +228,16 @@ def _set_mode(path: Path, mode: int) -> None:
 
 
 @contextmanager
-def _user_errors(target: Path, elsewhere: str) -> Iterator[None]:
+def _user_errors(target: Path, hint: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             raise UserError(
-                f"No room left on the disk to write '{target}'. Make room or {elsewhere}."
+                f"No room left on the disk to write '{target}'. Make room or {hint}."
             ) from error
         if error.errno in FORBIDDEN:
             raise UserError(
-                f"'{target}' cannot be written: {error.strerror}. Fix that or {elsewhere}."
+                f"'{target}' cannot be written: {error.strerror}. Fix that or {hint}."
             ) from error
         raise

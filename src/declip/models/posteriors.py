@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from declip.closed_form.regression import PosteriorFeatures, without
+from declip.closed_form.regression import PosteriorFeatures, project_out
 
 
 class PosteriorProjection(nn.Module):
@@ -33,6 +33,6 @@ class PosteriorProjection(nn.Module):
         linear = nn.Linear(len(self.direction), len(self.weight), bias=False)
         # Training may add a part in the direction, which `forward` does not see.
         linear.weight = nn.Parameter(
-            without(self.weight[:, : len(self.direction)].detach(), self.direction)
+            project_out(self.weight[:, : len(self.direction)].detach(), self.direction)
         )
         return linear.to(self.weight)
