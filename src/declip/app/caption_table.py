@@ -160,7 +160,7 @@ class CaptionTable:
         """Write a change to the disk; raises a 409 if the file has other captions of the image than were seen."""
         with locked(self.path) as target:
             file = CaptionFile.read(self.path)
-            content = self._changed(file, change)
+            content = self._apply(file, change)
             with atomic_write(target, HINT, durable=True) as partial:
                 partial.write_bytes(content)
                 flush(partial)
@@ -170,7 +170,7 @@ class CaptionTable:
                         f"Not saved: another program is writing to '{target}'. Save again, or {HINT}."
                     )
 
-    def _changed(self, file: CaptionFile, change: Change) -> bytes:
+    def _apply(self, file: CaptionFile, change: Change) -> bytes:
         own = [row for owner, row in self._known(file) if owner == change.id]
         captioned = [row for row in own if row.caption]
         empty = [row for row in own if not row.caption]

@@ -48,7 +48,7 @@ def with_neighbors(choice: Choice, data: FitData) -> Choice:
     weights = WEIGHTS[0]
     outcome = choice.outcome
     if outcome is not None:
-        tried = _tried(choice, data)
+        tried = _try_weights(choice, data)
         tried[WITHOUT] = outcome
         weights = best_candidate(tried, WEIGHTS[0], CAUTION)
         outcome = tried[weights]
@@ -62,7 +62,7 @@ def with_neighbors(choice: Choice, data: FitData) -> Choice:
     return replace(choice, heads=heads, outcome=outcome, logit_scale=scale)
 
 
-def _tried(choice: Choice, data: FitData) -> dict[tuple[float, float], HeldOutRanks]:
+def _try_weights(choice: Choice, data: FitData) -> dict[tuple[float, float], HeldOutRanks]:
     """Out-of-fold ranks by each of `WEIGHTS` that has neighbors."""
     pairs, folds = data.pairs, data.folds
     numbers = caption_numbers(pairs)

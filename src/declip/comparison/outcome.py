@@ -152,10 +152,10 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
         return None
     logs = np.log(a.pairs)
     rising = _rising(a.means)
-    values_a = _pooled(a)
+    values_a = _pool(a)
     start = int(np.searchsorted(rising, rising[0], side="right"))  # the first above the lowest
     rows = []
-    for one, values in zip(at, _pooled(b), strict=True):
+    for one, values in zip(at, _pool(b), strict=True):
         if one.factor is None:
             continue
         value = min(one.value, float(rising[-1]))
@@ -173,7 +173,7 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
     return np.mean(rows, axis=0) if rows else None
 
 
-def _pooled(curve: EfficiencyCurve) -> np.ndarray:
+def _pool(curve: EfficiencyCurve) -> np.ndarray:
     """(k, seeds) values; numbers of pairs that isotonic regression pools have their common mean."""
     values = np.array(curve.values)
     rising = _rising(curve.means)

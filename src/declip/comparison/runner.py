@@ -154,12 +154,12 @@ def open_folder(study: Study, folder: Path, progress: bool = False) -> Study:
         study = extend_study(study, folder)
         study.check_names()
         if study.budget == "compute":
-            study = _timed(study, progress)
+            study = _time_steps(study, progress)
         write_text(folder / STUDY_FILE, json.dumps(study.to_dict(), indent=1))
     return study
 
 
-def _timed(study: Study, progress: bool) -> Study:
+def _time_steps(study: Study, progress: bool) -> Study:
     """Time a step of the new variants, loading included, and set the steps that fit the budget."""
     first = study.variants[0]
     new = [variant for variant in study.variants if variant.seconds is None]

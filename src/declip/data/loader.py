@@ -110,7 +110,7 @@ class Assembler:
         # --- pixels, only now that their crops are known
         pixels = self._crop(image, crops)
         if self.augment is not None:
-            pixels = [_augmented(self.augment, view, generator) for view in pixels]
+            pixels = [_augment(self.augment, view, generator) for view in pixels]
         id = epoch * len(self.source) + index
         return _Sample(pixels, params, rows, masked, labels, id, same)
 
@@ -163,9 +163,7 @@ class Assembler:
         return batch
 
 
-def _augmented(
-    augment: Augment, view: torch.Tensor, generator: np.random.Generator
-) -> torch.Tensor:
+def _augment(augment: Augment, view: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
     """Apply a user's function to a view, (3, S, S) uint8, and check what it returns."""
     changed = augment(view, generator)
     wanted = f"a tensor {tuple(view.shape)} torch.uint8"

@@ -82,7 +82,7 @@ def open_dataset(
             raise UserError(
                 f"label_column is for tables, not for a {type(dataset).__name__}. Remove it."
             )
-        dataset = _unnamed(open_source(dataset, columns))
+        dataset = _dataset_of(open_source(dataset, columns))
     dataset.split("test")
     return dataset
 
@@ -133,10 +133,10 @@ def _by_name(given: str, label_column: str | None, columns: Columns, sources: So
     known = known or Path(given).expanduser().exists()
     if table is None and colon and re.fullmatch(r"[\w-]{2,}", name) and not known:
         raise unknown("dataset", name, {*NAMED, BUILTIN, *plugins("sources")})
-    return _unnamed(open_source(given, columns, sources), given)
+    return _dataset_of(open_source(given, columns, sources), given)
 
 
-def _unnamed(source: PairSource, name: str = "") -> Dataset:
+def _dataset_of(source: PairSource, name: str = "") -> Dataset:
     """A dataset of the pairs of the split "test" of a source that has one, else of all."""
     name = name or source.name
     emoji = source.name.startswith(("builtin:emoji", "builtin:icons"))

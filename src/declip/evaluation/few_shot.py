@@ -109,10 +109,10 @@ def halves(images: Tensor, width: int) -> Tensor:
     if width:
         rectified = before.amin(dim=1, keepdim=True) >= 0
         before = torch.where(rectified, before.clamp(min=0).sqrt(), before)
-    return _joined(before, embedded)
+    return _join(before, embedded)
 
 
-def _joined(before: Tensor, embedded: Tensor) -> Tensor:
+def _join(before: Tensor, embedded: Tensor) -> Tensor:
     """(n, v + d), both with length 1."""
     return torch.cat([normalize(before, dim=-1), normalize(embedded, dim=-1)], dim=1)
 
@@ -120,7 +120,7 @@ def _joined(before: Tensor, embedded: Tensor) -> Tensor:
 def centered(images: Tensor, center: Tensor, width: int) -> Tensor:
     """(n, v + d), the directions of both halves from the center."""
     moved = halves(images, width) - center
-    return _joined(*moved.tensor_split([width], dim=1))
+    return _join(*moved.tensor_split([width], dim=1))
 
 
 def center_of(examples: Examples) -> Tensor:

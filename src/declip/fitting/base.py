@@ -119,23 +119,23 @@ class Base(EncoderBase):
 
     def pool_images(self, pixels: Tensor) -> Tensor:
         """(n, 3, S, S) uint8 → (n, v) float32, to fit heads to."""
-        pooled = _cached(self._images, pixels, self._pool)
-        return self._embedded(self.model.image_tower.proj, pooled)
+        pooled = _from_cache(self._images, pixels, self._pool)
+        return self._embed(self.model.image_tower.proj, pooled)
 
     def pool_exact(self, pixels: Tensor) -> Tensor:
         """(n, 3, S, S) normalized → (n, v) float32, to embed with heads."""
-        pooled = _cached(self._exact, pixels, self._pool_exact)
-        return self._embedded(self.model.image_tower.proj, pooled)
+        pooled = _from_cache(self._exact, pixels, self._pool_exact)
+        return self._embed(self.model.image_tower.proj, pooled)
 
     def pool_text(self, tokens: Tensor) -> Tensor:
         """(m, L) token ids → (m, w) float32."""
-        return self._embedded(self.model.text_tower.text_projection, self._pool_text(tokens))
+        return self._embed(self.model.text_tower.text_projection, self._pool_text(tokens))
 
     def pool_captions(self, captions: Sequence[str], progress: bool = False) -> Tensor:
         """(m, w) float32; rows of equal captions are equal bit for bit."""
         how = Batching(BATCH, progress=progress)
         pooled = text_features(self.model, captions, how, encode=self._pool_text)
-        return self._embedded(self.model.text_tower.text_projection, pooled)
+        return self._embed(self.model.text_tower.text_projection, pooled)
 
     def _pool_text(self, tokens: Tensor) -> Tensor:
         padding = self.model.tokenizer.padding
@@ -147,7 +147,7 @@ class Base(EncoderBase):
         return self._texts.of(keys, compute)
 
     @torch.no_grad()
-    def _embedded(self, projection: Any, pooled: Tensor) -> Tensor:
+    def _embed(self, projection: Any, pooled: Tensor) -> Tensor:
         if not self.projected:
             return pooled
         device = self.model.logit_scale.device
@@ -162,7 +162,7 @@ def base_of(model: object) -> EncoderBase:
     return EncoderBase(encoder)
 
 
-def _cached(cache: VectorCache, pixels: Tensor, pool: Any) -> Tensor:
+def _from_cache(cache: VectorCache, pixels: Tensor, pool: Any) -> Tensor:
     keys = [content_key(row.numpy()) for row in pixels.cpu()]
     return cache.of(keys, lambda missing: pool(pixels[missing]))
 

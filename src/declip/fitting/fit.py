@@ -61,7 +61,7 @@ class Fitted:
         }
         if choice.outcome is None:
             return known
-        known |= _measured(choice, choice.outcome, features.groups)
+        known |= _measure(choice, choice.outcome, features.groups)
         indices, images = features.image_indices, features.pairs.images
         known["leaking"] = leaking_column(self.source, indices, images, features.groups)
         return known
@@ -109,7 +109,7 @@ class Fitted:
         for alpha, choice in mixed_choices(self.linear, alphas).items():
             if alpha == 1:
                 choice = self.choice
-            mixed[alpha] = replace(self, model=_adapted(self.model.base, choice), choice=choice)
+            mixed[alpha] = replace(self, model=_adapt(self.model.base, choice), choice=choice)
         return mixed
 
     @property
@@ -117,7 +117,7 @@ class Fitted:
         """The model without any fitting; None if its base has neither projections nor classes."""
         base, heads = self.model.base, self.choice.start_heads
         if base.projected:
-            return _adapted(base, replace(self.choice, form=START))
+            return _adapt(base, replace(self.choice, form=START))
         return None if heads is None else Adapted(base, heads, self.choice.logit_scale)
 
 
@@ -171,17 +171,17 @@ def fit(
     if choice.form == START:
         linear = choice
     count = 0 if classes is None else len(classes.rows)
-    return Fitted(_adapted(base, choice), choice, linear, features, source, count, seed)
+    return Fitted(_adapt(base, choice), choice, linear, features, source, count, seed)
 
 
-def _adapted(base: EncoderBase, choice: Choice) -> Adapted:
+def _adapt(base: EncoderBase, choice: Choice) -> Adapted:
     """The model of a choice; projections of the base that are not improved stay as they are."""
     if base.projected and choice.form == START:
         return Adapted(base, None, logit_scale(base.model))
     return Adapted(base, choice.heads, choice.logit_scale)
 
 
-def _measured(choice: Choice, outcome: HeldOutRanks, groups: np.ndarray) -> dict[str, Any]:
+def _measure(choice: Choice, outcome: HeldOutRanks, groups: np.ndarray) -> dict[str, Any]:
     """Measures of the heads, beside the same of the start or of chance."""
     own, start = outcome.percentiles().numpy(), choice.start
     measures: dict[str, Any] = {"percentile": outcome.percentile(groups)._asdict()}

@@ -127,7 +127,7 @@ def run_fit(task: FitTask, folder: Path) -> FittedRun:
         first = next(iter(tasks), None)
         shown = None if first is None else task.held_out.dataset(first)
         write_fitted_report(
-            run, folder.resolve().name, _described(fitted, recipe), shown, fitted.model
+            run, folder.resolve().name, _describe(fitted, recipe), shown, fitted.model
         )
     return FittedRun(folder)
 
@@ -281,7 +281,7 @@ def _facts(fitted: Fitted, mixture: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _described(fitted: Fitted, recipe: Recipe) -> dict[str, str]:
+def _describe(fitted: Fitted, recipe: Recipe) -> dict[str, str]:
     """Sentences below the title of the report."""
     base, towers = fitted.model.base, recipe.image
     millions = sum(parameter.numel() for parameter in fitted.model.parameters()) / 1e6

@@ -101,7 +101,7 @@ def inspect_source(
     facts: dict[str, Any] = {}
     if len(read.pairs):
         with status("Looking for duplicates", progress):
-            facts = _described(drawn, size, batch_size, seed)
+            facts = _describe(drawn, size, batch_size, seed)
         leakages = [_leakage(drawn, other, workers, progress) for other in others]
         facts["leakages"] = tuple(leakages)
     inspection = Inspection(
@@ -145,7 +145,7 @@ def _leakage(sample: Sample, other: PairSource, workers: int | None, progress: b
     return Leakage(other.name, len(seen), sample.fraction(copied), copies)
 
 
-def _described(sample: Sample, size: int, batch_size: int, seed: int) -> dict[str, Any]:
+def _describe(sample: Sample, size: int, batch_size: int, seed: int) -> dict[str, Any]:
     """Fields of `Inspection` that need a pair that can be used."""
     source = sample.source
     pairs, lines, _ = sample.read
@@ -212,7 +212,7 @@ def _captions(sample: Sample, indices: np.ndarray, equal: float, batch_size: int
             _, first = np.unique(lines["hash"][which], return_index=True)  # of each text
             shown = np.sort(first)[:OF_A_KIND]
             texts = list[str]()
-            for _, captions in _captioned(sample.source, indices[which][shown]):
+            for _, captions in _with_captions(sample.source, indices[which][shown]):
                 texts += [text for text in captions if reading.kind_of(text) == kind]
             distinct = dict.fromkeys(text[:LONGEST_TEXT] for text in texts)
             examples[name] = list(distinct)[:OF_A_KIND]
@@ -241,7 +241,7 @@ def _repeats(
     numbers, sizes = reading.repeated(groups)
     examples = []
     for number, size in zip(numbers[:LISTED], sizes.tolist(), strict=False):
-        pairs = _captioned(source, indices[groups == number][:KEYS])
+        pairs = _with_captions(source, indices[groups == number][:KEYS])
         captions = list(chain.from_iterable(own for _, own in pairs))
         if hashes is not None:
             wanted = hashes[number]
@@ -265,7 +265,7 @@ def _most_different(same: np.ndarray, alike: np.ndarray) -> list[int]:
 Captioned = tuple[str, tuple[str, ...]]
 
 
-def _captioned(source: PairSource, indices: Iterable[int]) -> list[Captioned]:
+def _with_captions(source: PairSource, indices: Iterable[int]) -> list[Captioned]:
     """Keys and captions of pairs."""
     captioned = []
     for index in indices:

@@ -68,7 +68,7 @@ def split_pairs(
         return PairSplit(splits["train"], val)
     pairs = _read(candidates, progress)
     named = groups_of(candidates)[pairs.pairs["index"]]  # (n,) int64, as all below
-    related = _related(pairs, named)
+    related = _relate(pairs, named)
     sizes = np.bincount(related)
     hashes = _hashes(pairs, named, related)
     # --- the sets with the lowest hashes; what the start was trained on is not held out, unless it is nearly all
@@ -148,14 +148,14 @@ def check_copies(train: PairSource, held_out: Sequence[PairSource], progress: bo
 def related_pairs(pairs: ReadPairs, source: PairSource) -> np.ndarray:
     """The group of each pair that must not be separated from it, by its least hash of a caption: int64 (n,)."""
     check_pairs(pairs, source.name, len(source))
-    related = _related(pairs, groups_of(source)[pairs.pairs["index"]])
+    related = _relate(pairs, groups_of(source)[pairs.pairs["index"]])
     least = np.full(related.max() + 1, np.iinfo(np.uint64).max)
     groups = np.repeat(related, pairs.pairs["captions"])
     np.minimum.at(least, groups, pairs.captions["hash"])
     return least.view(np.int64)[related]
 
 
-def _related(pairs: ReadPairs, named: np.ndarray) -> np.ndarray:
+def _relate(pairs: ReadPairs, named: np.ndarray) -> np.ndarray:
     """Number the sets of pairs joined by nearly the same image, a caption, or a group: int64 (n,)."""
     n = len(pairs.pairs)
     members = np.arange(n)

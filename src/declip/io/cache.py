@@ -42,7 +42,7 @@ def clear_cache(folder: str | None = None) -> int:
         raise unknown("folder of the cache", folder, names)
     wanted = COMPUTED if folder is None else (folder,)
     return sum(
-        entry.size for entry in entries if entry.path.parent.name in wanted and _removed(entry.path)
+        entry.size for entry in entries if entry.path.parent.name in wanted and _remove(entry.path)
     )
 
 
@@ -60,7 +60,7 @@ def trim_cache(folder: str, keep: Iterable[Path]) -> None:
     ]
     total = sum(entry.size for entry in entries)
     for entry in sorted(entries, key=lambda entry: entry.used):
-        if total > limit and entry.path not in kept and _removed(entry.path):
+        if total > limit and entry.path not in kept and _remove(entry.path):
             total -= entry.size
 
 
@@ -100,7 +100,7 @@ def hold(folder: Path) -> IO[bytes] | None:
     return hold(folder)
 
 
-def _removed(path: Path) -> bool:
+def _remove(path: Path) -> bool:
     """Remove an entry unless a process holds its lock; return whether it was removed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     # Renamed first: a process that creates the folder again must not lose what it writes.
@@ -119,17 +119,17 @@ def cached_table(
 ) -> pa.Table:
     """Memory-map a table from the folder `kind` of the cache, built by `make` once for the `repr` of a version."""
     target = table_path(kind, version)
-    if (table := _mapped(target)) is not None:
+    if (table := _open_mapped(target)) is not None:
         return table
     with locked(Path(kind).name, target.name):
-        if (table := _mapped(target)) is None:
+        if (table := _open_mapped(target)) is None:
             with atomic_write(target) as partial:
                 schema, batches = make()
                 with pa.ipc.new_file(str(partial), schema) as writer:
                     for batch in batches:
                         writer.write_batch(batch)
             pa.default_memory_pool().release_unused()
-            table = _mapped(target)
+            table = _open_mapped(target)
         assert table is not None
         return table
 
@@ -140,7 +140,7 @@ def table_path(kind: str, version: object) -> Path:
     return cache_folder() / kind / f"{name}.arrow"
 
 
-def _mapped(path: Path) -> pa.Table | None:
+def _open_mapped(path: Path) -> pa.Table | None:
     """Memory-map a table; None if the file is missing or truncated, as by a full disk or a power failure."""
     import torch  # takes seconds, which a command with a wrong path should not wait for
 

@@ -29,7 +29,7 @@ from declip.models.precision import Precision, precision_of
 from declip.search.index import Index
 from declip.search.info import Dtype, IndexInfo, SourceInfo, is_index
 from declip.search.store import GROUP_ROWS, Block, IndexedImage
-from declip.search.vectors import VectorCache, content_key, joined, stamp_key
+from declip.search.vectors import VectorCache, content_key, stack_rows, stamp_key
 from declip.search.writer import check_target, describe_model, new_index
 
 log = logging.getLogger("declip")
@@ -154,7 +154,7 @@ class _Embedding:
             usable = [index for index in block if keys[index] in known]
             if usable:
                 rows = [self._row(index) for index in usable]
-                yield rows, joined([known[keys[index]] for index in usable])
+                yield rows, stack_rows([known[keys[index]] for index in usable])
 
     def _key(self, index: int) -> bytes:
         """By where the image is and when it changed; by its pixels where that is unknown."""

@@ -71,7 +71,7 @@ class VectorCache:
                 missing.setdefault(key, position)
         if missing:
             known |= self.add(list(missing), compute(list(missing.values())))
-        return joined([known[key] for key in keys])
+        return stack_rows([known[key] for key in keys])
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
@@ -91,7 +91,7 @@ class VectorCache:
             ) from error
 
 
-def joined(rows: Sequence[bytes]) -> Tensor:
+def stack_rows(rows: Sequence[bytes]) -> Tensor:
     """Vectors (n, w) float32 from their bytes."""
     content = bytearray(b"".join(rows))
     return torch.frombuffer(content, dtype=torch.float32).view(len(rows), -1)

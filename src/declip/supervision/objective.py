@@ -260,7 +260,7 @@ def gather_rows(
     widths = [rows.shape[1] for rows in packed]
     columns = gather(torch.cat(packed, dim=1)).split(widths, dim=1)
     # (N, …) as they were before
-    unpacked = map(_unpacked, columns, tensors)
+    unpacked = map(_unpack, columns, tensors)
     images = next(unpacked).transpose(0, 1)
     texts = next(unpacked).transpose(0, 1)
     gathered = {}
@@ -276,7 +276,7 @@ def _as_floats(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype)
 
 
-def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
+def _unpack(packed: Tensor, like: Tensor) -> Tensor:
     if like.dtype == torch.int64:
         packed = packed.detach().contiguous().view(torch.int64)
     elif like.dtype == torch.bool:

@@ -32,7 +32,7 @@ class TowerOutputs:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
-def joined(parts: Sequence[TowerOutputs]) -> TowerOutputs:
+def join_outputs(parts: Sequence[TowerOutputs]) -> TowerOutputs:
     """Join the outputs of consecutive parts of a batch."""
     # Of pairs; others count pairs or masked tokens first
     axes = dict.fromkeys(("images", "texts", "pre_logits"), 1)

@@ -64,7 +64,7 @@ def view_sheet(
         decoded = [tokenizer.decode(text[row].tolist()) for text in batch.texts]
         texts = dict(zip(("caption", "augmented"), decoded, strict=False))
         if batch.masked is not None and batch.labels is not None:
-            texts["masked"] = _masked(tokenizer, batch.masked[row], batch.labels[row])
+            texts["masked"] = _masked_text(tokenizer, batch.masked[row], batch.labels[row])
         all_texts.append(texts)
     if not rows:
         return {}
@@ -73,7 +73,7 @@ def view_sheet(
     return {"picture": picture._asdict(), "texts": all_texts}
 
 
-def _masked(tokenizer: CaptionTokenizer, masked: Tensor, labels: Tensor) -> str:
+def _masked_text(tokenizer: CaptionTokenizer, masked: Tensor, labels: Tensor) -> str:
     """Decode a corrupted caption; a token to predict is in brackets with its original: "a [mask: cat] sat"."""
     words = []
     for token, label in zip(masked[1:].tolist(), labels[1:].tolist(), strict=True):

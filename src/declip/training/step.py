@@ -9,7 +9,7 @@ from declip.data.batch import PairBatch
 from declip.models.device import random_states, set_random_states
 from declip.models.layers import frozen_batch_norm_stats
 from declip.supervision.objective import Gather
-from declip.supervision.term import TowerOutputs, joined
+from declip.supervision.term import TowerOutputs, join_outputs
 from declip.training import distributed
 from declip.training.distributed import StepSync
 from declip.training.parallel import (
@@ -93,7 +93,7 @@ def _backward_in_chunks(
     rest = learner.prepare(batch) if objective.reads_pixels else batch.without_images()
     rest = rest.to(model.device, non_blocking=True)
     with learner.autocast():
-        losses = objective.losses(joined(outputs), model, rest, gather, sync.offset)
+        losses = objective.losses(join_outputs(outputs), model, rest, gather, sync.offset)
     losses = {name: loss * sync.weight for name, loss in losses.items()}
     losses["loss"].backward()
     for part, state, first in zip(chunks, states, leaves, strict=True):

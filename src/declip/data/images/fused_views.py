@@ -73,13 +73,13 @@ def change_colors(images: Tensor, factors: Tensor, order: Tensor, gray: Tensor) 
     before = torch.ones_like(gray)
     for step in range(len(JITTER) - 1):
         before = before & (order[:, step] != CONTRAST)
-        changed = _changed(early, order[:, step], factors, None)
+        changed = _change(early, order[:, step], factors, None)
         both = zip(changed, early, strict=True)
         early = _Colors(*[torch.where(_each(before), new, old) for new, old in both])
     level = _luma(early).mean(dim=(1, 2))
     # --- all operations
     for step in range(len(JITTER)):
-        pixels = _changed(pixels, order[:, step], factors, level)
+        pixels = _change(pixels, order[:, step], factors, level)
     luma = _luma(pixels)
     is_gray = _each(gray)
     channels = [torch.where(is_gray, luma, channel) for channel in pixels]
@@ -94,7 +94,7 @@ class _Colors(NamedTuple):
     blue: Tensor
 
 
-def _changed(pixels: _Colors, operation: Tensor, factors: Tensor, level: Tensor | None) -> _Colors:
+def _change(pixels: _Colors, operation: Tensor, factors: Tensor, level: Tensor | None) -> _Colors:
     """Apply to each image the operation (n,) with its factor; contrast requires the gray level (n,)."""
     factor = factors.gather(1, operation[:, None]).squeeze(1)
     # Brightness, contrast and saturation move a pixel away from, or towards, 0, the image's level or its own gray.
@@ -105,14 +105,14 @@ def _changed(pixels: _Colors, operation: Tensor, factors: Tensor, level: Tensor 
     scale = _each(factor)
     is_hue = _each(operation == HUE)
     channels = []
-    for old, new in zip(pixels, _turned(pixels, factor), strict=True):
+    for old, new in zip(pixels, _turn(pixels, factor), strict=True):
         moved = (old * scale + anchor).clamp(0, 1)
         new = torch.where(scale != 0, new, old)
         channels.append(torch.where(is_hue, new, moved))
     return _Colors(*channels)
 
 
-def _turned(pixels: _Colors, shift: Tensor) -> _Colors:
+def _turn(pixels: _Colors, shift: Tensor) -> _Colors:
     """Turn the color circle by shift (n,), in turns; for the formula see `views.hue`."""
     red, green, blue = pixels
     low = torch.minimum(torch.minimum(red, green), blue)

@@ -72,7 +72,7 @@ class Shard(NamedTuple):
 def find_shards(word: str) -> list[Shard]:
     """Look up the shards that a word names (see `expand`), in order."""
     with ThreadPoolExecutor(REQUESTS) as pool:
-        found = pool.map(partial(_retried, look_up), expand(word))
+        found = pool.map(partial(_retry, look_up), expand(word))
         return list(chain.from_iterable(found))
 
 
@@ -99,7 +99,7 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
         raise UnreadableShard(f"{url}: {cause}") from error
 
 
-def _retried(work: Callable[..., T], *arguments: Any) -> T:
+def _retry(work: Callable[..., T], *arguments: Any) -> T:
     """Call a function up to `TRIES` times: one of many requests may fail."""
     for trial in range(1, TRIES):
         try:
@@ -188,7 +188,7 @@ def _copy(shard: Shard) -> OpenFile:
             return OpenFile(path)  # fetched by another thread or process in the meantime
         try:
             with atomic_write(path) as partial:
-                _retried(fetch, shard.name, partial, shard.size)
+                _retry(fetch, shard.name, partial, shard.size)
                 # Another process may remove the copy as soon as it has its name
                 opened = OpenFile(partial)
         except UnreadableShard as error:

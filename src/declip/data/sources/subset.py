@@ -66,8 +66,8 @@ class Joined(PairSource):
         self._ends = np.cumsum([len(source) for source in self.sources])
         self.name = " + ".join(source.name for source in self.sources)
         self.remote = any(source.remote for source in self.sources)
-        self.credit = _listed(source.credit for source in self.sources)
-        self.captions_from = _listed(source.captions_from for source in self.sources)
+        self.credit = _list_texts(source.credit for source in self.sources)
+        self.captions_from = _list_texts(source.captions_from for source in self.sources)
         if any("group" in source.columns for source in self.sources):
             self.columns = OnDemand({"group": self._groups})
 
@@ -85,7 +85,7 @@ class Joined(PairSource):
         return np.concatenate([source.shards() for source in self.sources])
 
 
-def _listed(texts: Iterable[str]) -> str:
+def _list_texts(texts: Iterable[str]) -> str:
     """Different texts in one line, without empty ones."""
     return "; ".join(dict.fromkeys(filter(None, texts)))
 
