@@ -236,6 +236,13 @@ def test_columns_of_images_are_also_those_of_the_examples(products, classify, re
     assert (right.status, "n = 12," in right.err) == (0, True)
 
 
+def test_a_caption_that_is_named_is_not_read_where_classes_are_used(products, weights_file):
+    columns = declip.Columns(image="Bild", caption="missing")
+    assert sum(declip.Classifier.fit(weights_file, None, products, columns=columns).counts) == 36
+    options = {"label_column": "label", "columns": columns, "device": "cpu"}
+    assert declip.evaluate(weights_file, products, **options).n == 36
+
+
 def test_objects_of_which_there_is_one_for_each_class_give_no_accuracy(products, classify):
     text = products.read_text().replace("Bild", "file_name")
     products.write_text(re.sub(r"(?m)^(.)(.*),P\d+$", r"\1\2,\1", text))
