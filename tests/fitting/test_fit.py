@@ -454,6 +454,8 @@ def test_the_mixture_with_the_start_is_chosen_on_left_out_and_kept_pairs(
     exported = loaded_cosines(mixed.folder / "exported" / "safetensors", folder)
     torch.testing.assert_close(exported, loaded_cosines(mixed.folder, folder), rtol=0, atol=1e-5)
     assert f"{alpha:g} × fine-tuned" in mixed.report.read_text(encoding="utf-8")
+    card = (mixed.folder / "exported/safetensors/README.md").read_text(encoding="utf-8")
+    assert f"text → image R@1 | {percent(after.text_to_image.r1)} |" in card
 
 
 PERCENTILE = {"value": 0.75, "low": 0.6, "high": 0.9}
