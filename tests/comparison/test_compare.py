@@ -301,6 +301,7 @@ def test_a_loss_of_the_users_file_is_tuned_timed_trained_and_compared(
         assert "uniformity" in read_rows(run / "metrics.jsonl")[0]["losses"]
     study = json.loads((tmp_path / "out" / "results.json").read_text())["study"]
     assert study["terms_file"].startswith("uniformity.py (")
+    assert study["budget"] == "compute"
     # A changed loss is not averaged with its earlier self, and its recipe needs it again.
     path.write_text(OWN.replace("mean()", "sum()"), encoding="utf-8")
     changed = command("compare", *given, "--terms", path)

@@ -117,6 +117,11 @@ def test_the_command_filters_groups_and_writes_a_table(products, command):
         "product",
         [0, 1, 1],
     )
+    command(*search, "--template", "a red {}", "--json", tree, "--overwrite")
+    scores = [hit["score"] for hit in json.loads(tree.read_text())["hits"]]
+    index = declip.Index.open(products / "index")
+    expected = [hit.score for hit in index.search("a red circle", copies=True)]
+    assert scores == pytest.approx(expected, abs=1e-4)
     done = command(*search, "--where", "note==1, red")
     assert (done.status, "red.png" in done.out, "green.png" in done.out) == (0, True, False)
 
