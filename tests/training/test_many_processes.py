@@ -1,5 +1,6 @@
 """The trainer on several processes: one run, one folder, one end, whatever happens to a rank."""
 
+import logging
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from conftest import TINY, WEIGHTS, in_processes, tiny_tree, write_rows
 from declip.errors import UserError
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
-from declip.runs.folder import KEPT, read_rows
+from declip.runs.folder import KEPT, log, read_rows
 from declip.supervision.objective import Objective
 from declip.training import distributed
 from declip.training.distributed import HostGroup
@@ -99,74 +100,111 @@ def one(recipe, tmp_path_factory):
     return quiet_train(of(recipe), tmp_path_factory.mktemp("one") / "run").folder
 
 
-def test_two_processes_make_one_run(recipe, one, tmp_path):
-    assert in_processes(trained, 2, tmp_path / "a", of(recipe), tmp_path / "two") == [(5, True)] * 2
-    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-3)
-    assert (one / "skipped.json").read_text() == (tmp_path / "two/skipped.json").read_text()
-    queues = [end_of(run)[QUEUE] for run in (one, tmp_path / "two")]
+def whole_and_in_parts(recipe, folder):
+    whole, parts = folder / "whole", folder / "parts"
+    return trained(recipe, whole), stopped(recipe, parts, 0, 1), trained(recipe, parts, True)
+
+
+def warned(recipe, folder):
+    """How often a run warns of steps that it leaves out."""
+    warn_once.cache_clear()
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    log.addHandler(handler)
+    assert trained(recipe, folder) == (26, True)
+    return sum("too few usable pairs" in record.getMessage() for record in records)
+
+
+@pytest.fixture(scope="module")
+def tunings(table, start, tmp_path_factory):
+    """Recipes that start from weights, of which some stay; and the folder of a run of each by one process."""
+    keys, folder = {"steps": 2, "log_every": 1}, tmp_path_factory.mktemp("tunings")
+    frozen = {"freeze_image_blocks": 2, "layer_decay": 0.8}
+    recipes = {
+        "frozen": tuned(table, start, {"strategy": "fsdp", **keys}, **frozen),
+        "lora": tuned(table, start, keys, lora={"rank": 2}),
+    }
+    for name, recipe in recipes.items():
+        quiet_train(recipe, folder / name)
+    return recipes, folder
+
+
+def every_run(recipe, table, tunings, folder):
+    """Train what the tests compare, in one of two processes; how each run ended."""
+    clip = {**recipe, "loss_weights": WEIGHTS["clip"]}
+    dropout = of({**recipe, **DROPOUT}, strategy="fsdp", checkpoint_every=100, steps=2)
+    queues = {**recipe, "nearest_neighbor": {"queue_size": 16, "queue_per_process": True}}
+    two_epochs = of(clip, batch_size=2, steps=26, checkpoint_every=100)
+    evaluated = {**clip, "evaluation": {"retrieval": [str(table)]}}
+    slow = of(evaluated, steps=4, log_every=2, strategy="fsdp")
+    return {
+        "two": trained(of(recipe), folder / "two"),
+        "continued": trained(of(recipe, strategy="fsdp"), folder / "continued", True),
+        "dropout": whole_and_in_parts(dropout, folder / "dropout"),
+        "queues": whole_and_in_parts(of(queues, steps=2), folder / "queues"),
+        "warned": warned(two_epochs, folder / "warned"),
+        "slow": told(slow_callback, slow, folder / "slow", 1.0),
+        "evaluated": images_evaluated(of(evaluated, steps=1), folder / "evaluated"),
+        **{name: trained(tuning, folder / name) for name, tuning in tunings.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def two(recipe, table, tunings, tmp_path_factory):
+    """The folder of all runs of two processes, and how they ended in each; FSDP plans each operation once."""
+    folder = tmp_path_factory.mktemp("two")
+    assert not stopped(of(recipe, strategy="fsdp"), folder / "continued", 3, 0)[1]
+    ends = in_processes(every_run, 2, folder / "meet", recipe, table, tunings[0], folder)
+    return folder, {name: [end[name] for end in ends] for name in ends[0]}
+
+
+def test_two_processes_make_one_run(one, two):
+    folder, ends = two
+    assert ends["two"] == [(5, True)] * 2
+    run = folder / "two"
+    assert losses(run) == pytest.approx(losses(one), rel=1e-3)
+    assert (one / "skipped.json").read_text() == (run / "skipped.json").read_text()
+    queues = end_of(one)[QUEUE], end_of(run)[QUEUE]
     torch.testing.assert_close(*queues, rtol=0, atol=0.02)  # the same captions in the same slots
-    assert len(list_checkpoints(tmp_path / "two")) == 2
+    assert len(list_checkpoints(run)) == 2
 
 
-@pytest.mark.parametrize(
-    ("keys", "parallel"),
-    [({"freeze_image_blocks": 2, "layer_decay": 0.8}, "fsdp"), ({"lora": {"rank": 2}}, "ddp")],
-    ids=["frozen-sharded", "lora"],
-)
-def test_two_processes_tune_as_one(table, tmp_path, start, keys, parallel):
-    recipe = tuned(table, start, {"strategy": parallel, "steps": 2, "log_every": 1}, **keys)
-    quiet_train(recipe, tmp_path / "one")
-    assert in_processes(trained, 2, tmp_path / "ranks", recipe, tmp_path / "two") == [(2, True)] * 2
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-    given, first, second = (
-        declip.load(run, device="cpu").state_dict()
-        for run in (start, tmp_path / "one", tmp_path / "two")
-    )
+@pytest.mark.parametrize("name", ["frozen", "lora"])
+def test_two_processes_tune_as_one(name, two, tunings, start):
+    folder, ends = two
+    assert ends[name] == [(2, True)] * 2
+    runs = start, tunings[1] / name, folder / name
+    assert losses(runs[2]) == pytest.approx(losses(runs[1]), rel=1e-3)
+    given, first, second = (declip.load(run, device="cpu").state_dict() for run in runs)
     still = given.keys() - moved(given, first)
     assert still == given.keys() - moved(given, second)
     assert len(still) > 10
-    assert (tmp_path / "two" / KEPT).is_file()
+    assert (folder / name / KEPT).is_file()
 
 
-def warned(recipe, folder, caplog):
-    warn_once.cache_clear()
-    assert trained(recipe, folder) == (26, True)
-    return caplog.text.count("too few usable pairs")
+def test_steps_in_which_a_process_has_no_pair_are_left_out_with_one_warning(two):
+    folder, ends = two
+    assert ends["warned"] == [1, 0]
+    assert 22 <= len(losses(folder / "warned")) < 25
 
 
-def test_steps_in_which_a_process_has_no_pair_are_left_out_with_one_warning(
-    recipe, tmp_path, caplog
-):
-    two_epochs = of(
-        {**recipe, "loss_weights": WEIGHTS["clip"]}, batch_size=2, steps=26, checkpoint_every=100
-    )
-    assert in_processes(warned, 2, tmp_path / "a", two_epochs, tmp_path / "run", caplog) == [1, 0]
-    assert 22 <= len(losses(tmp_path / "run")) < 25
+@pytest.mark.parametrize("name", ["dropout", "queues"])
+def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(name, two):
+    folder, ends = two
+    assert ends[name] == [((2, True), (1, False), (2, True))] * 2
+    whole, parts = folder / name / "whole", folder / name / "parts"
+    same_end(whole, parts)
+    end = end_of(whole)
+    assert not torch.equal(end["random.0.cpu"], end["random.1.cpu"])
+    if name == "queues":
+        assert not torch.equal(end[QUEUE], end[QUEUE.replace("objective", "process.1")])
 
 
-def whole_and_in_parts(recipe, whole, parts):
-    return [trained(recipe, whole), stopped(recipe, parts, 0, 1), trained(recipe, parts, True)]
-
-
-def test_stopped_on_one_rank_both_stop_and_the_rest_is_bit_for_bit(recipe, tmp_path):
-    dropout = of({**recipe, **DROPOUT}, strategy="fsdp", checkpoint_every=100, steps=2)
-    ends = in_processes(
-        whole_and_in_parts, 2, tmp_path / "a", dropout, tmp_path / "whole", tmp_path / "parts"
-    )
-    assert ends == [[(2, True), (1, False), (2, True)]] * 2
-    whole = end_of(tmp_path / "whole")
-    assert not torch.equal(whole["random.0.cpu"], whole["random.1.cpu"])
-    same_end(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(
-    recipe, one, tmp_path
-):
-    parts, other = tmp_path / "parts", of(recipe, strategy="fsdp")
-    assert not stopped(other, parts, 3, 0)[1]
-    assert in_processes(trained, 2, tmp_path / "b", other, parts, True) == [(5, True)] * 2
-    assert losses(parts) == pytest.approx(losses(one), rel=1e-3)
-    resumed, expected = end_of(parts), end_of(one)
+def test_another_number_of_processes_goes_on_with_the_same_batches_and_moments(one, two):
+    folder, ends = two
+    assert ends["continued"] == [(5, True)] * 2
+    assert losses(folder / "continued") == pytest.approx(losses(one), rel=1e-3)
+    resumed, expected = end_of(folder / "continued"), end_of(one)
     torch.testing.assert_close(resumed[QUEUE], expected[QUEUE], rtol=0, atol=0.02)
     moments = {name for name in expected if name.startswith("optimizer.")}
     assert moments == {name for name in resumed if name.startswith("optimizer.")}
@@ -249,11 +287,8 @@ def slow_callback(recipe, folder, patience):
     return trainer.train().finished
 
 
-def test_other_ranks_wait_for_a_slow_callback(recipe, table, tmp_path):
-    keys = {**recipe, "loss_weights": WEIGHTS["clip"], "evaluation": {"retrieval": [str(table)]}}
-    two = of(keys, steps=4, log_every=2, strategy="fsdp")
-    found = in_processes(told, 2, tmp_path / "a", slow_callback, two, tmp_path / "run", 1.0)
-    assert found == ["none"] * 2
+def test_other_ranks_wait_for_a_slow_callback(two):
+    assert two[1]["slow"] == ["none"] * 2
 
 
 def dropout_mask(recipe, folder):
@@ -289,17 +324,6 @@ def test_an_error_of_one_ranks_data_ends_all_with_its_message_once(recipe, tmp_p
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000001"]
 
 
-def test_a_queue_of_each_process_is_resumed(recipe, tmp_path):
-    keys = {**recipe, "nearest_neighbor": {"queue_size": 16, "queue_per_process": True}}
-    folders = tmp_path / "one", tmp_path / "two"
-    in_processes(whole_and_in_parts, 2, tmp_path / "ranks", of(keys, steps=2), *folders)
-    one, two = map(end_of, folders)
-    other = QUEUE.replace("objective", "process.1")
-    assert not torch.equal(one[QUEUE], one[other])
-    assert torch.equal(one[QUEUE], two[QUEUE])
-    assert torch.equal(one[other], two[other])
-
-
 def images_evaluated(recipe, folder):
     """The number of images that a process of a run encodes for evaluations."""
     trainer, encoded = trainer_of(recipe, folder), []
@@ -313,10 +337,8 @@ def images_evaluated(recipe, folder):
     return sum(encoded)
 
 
-def test_the_processes_of_a_run_share_its_evaluation(table, tmp_path):
-    keys = of(tiny_tree(table, evaluation={"retrieval": [str(table)]}), steps=1)
-    run = tmp_path / "run"
-    found = in_processes(images_evaluated, 2, tmp_path / "ranks", keys, run)
-    assert found == [0, 24], "one batch, which the last rank encodes"
-    (row,) = read_rows(run / "evaluations.jsonl")
+def test_the_processes_of_a_run_share_its_evaluation(two):
+    folder, ends = two
+    assert ends["evaluated"] == [0, 24], "one batch, which the last rank encodes"
+    (row,) = read_rows(folder / "evaluated/evaluations.jsonl")
     assert row["images"] == 24, "rank 0 writes what the other one encoded"
