@@ -24,6 +24,7 @@ from declip.comparison.runner import FAILURE, folder_of, run_trial
 from declip.comparison.study import Study, read_study
 from declip.errors import UserError
 from declip.runs.folder import read_rows
+from training.starts import UNCOLORED
 
 STEPS = 4
 
@@ -32,7 +33,8 @@ STEPS = 4
 def recipes(table, tmp_path):
     files = {name: tmp_path / f"{name}.yaml" for name in ("clip", "slip")}
     for name, path in files.items():
-        tree = tiny_tree(table, name, train={**TINY["train"], "steps": STEPS})
+        train = {**TINY["train"], "steps": STEPS}
+        tree = tiny_tree(table, name, train=train, views=UNCOLORED)
         path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return {name: str(path) for name, path in files.items()}
 

@@ -22,7 +22,7 @@ from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
 from declip.runs.folder import read_rows
 from declip.supervision import objective
-from training.starts import last, moved, quiet_train
+from training.starts import UNCOLORED, last, moved, quiet_train
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = {path.stem: runpy.run_path(str(path)) for path in sorted(FOLDER.glob("*.py"))}
@@ -33,6 +33,7 @@ SMALL = {
     "train.log_every": 1,
     "train.device": "cpu",
 }
+SMALL |= {f"views.image.{key}": value for key, value in UNCOLORED["image"].items()}
 SMALL |= {"data.workers": 0, "image.size": 32, "text.width": 32, "text.layers": 1}
 TINY_VIT = {"train.precision": "fp32", "image.model": "declip_vit_tiny"}
 TINY_VIT |= {"image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1}}

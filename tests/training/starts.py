@@ -23,12 +23,15 @@ VIT = {
     "model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2},
 }
 CONV = {"model": "declip_conv_tiny", "size": 32}
+UNCOLORED = {"image": {"color_jitter_prob": 0, "grayscale_prob": 0, "blur_prob": 0}}
+"""Views that are cropped and flipped alone; colors and blur take a quarter of a run."""
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 
 def recipe_for(table, name="declip", sections=None, **train_keys):
     """A tiny recipe on a table, with some sections in place of its own."""
-    tree = tiny_tree(table, name, name=name, train={**TINY["train"], **train_keys})
+    train = {**TINY["train"], **train_keys}
+    tree = tiny_tree(table, name, name=name, train=train, views=UNCOLORED)
     return Recipe.model_validate({**tree, **(sections or {})})
 
 
@@ -40,6 +43,7 @@ def quiet_train(recipe, out, **options):
 def start_from(table, out, image=VIT, name="declip"):
     """A run of other sizes than `TINY`, that a run of ours can start from."""
     sections = {"image": {**image, **STATISTICS}, "text": {**SMALL, "activation": "gelu"}}
+    sections["views"] = UNCOLORED
     tree = tiny_tree(
         table, name, name=name, embed_dim=24, train={**TINY["train"], "steps": 2}, **sections
     )
@@ -49,8 +53,8 @@ def start_from(table, out, image=VIT, name="declip"):
 
 def tuned(table, weights, train_keys=None, **keys):
     """A recipe of four steps that starts from weights; `keys` are of finetune, but for two sizes."""
-    train_keys = {"steps": 4, "lr": 1e-2, **(train_keys or {})}
-    tree = tiny_tree(table, "declip", name="tuned", train={**TINY["train"], **train_keys})
+    train = {**TINY["train"], "steps": 4, "lr": 1e-2, **(train_keys or {})}
+    tree = tiny_tree(table, "declip", name="tuned", train=train, views=UNCOLORED)
     given = set()
     for key, section, name in (
         ("image_size", "image", "size"),

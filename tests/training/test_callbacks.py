@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import declip
-from conftest import refuses, tiny_tree
+from conftest import TINY, refuses, tiny_tree
 from declip.recipe.schema import Recipe
 from declip.reports.run import loss_charts
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint
@@ -18,7 +18,7 @@ from declip.runs.folder import EVALUATIONS, METRICS, read_rows
 from declip.supervision import objective
 from declip.supervision.term import Term
 from declip.training.sinks import Sink
-from training.starts import quiet_train, same_end
+from training.starts import UNCOLORED, quiet_train, same_end
 
 
 class Mine(Term):
@@ -63,9 +63,7 @@ def test_heads_have_the_precision_of_the_recipe_and_losses_are_float32(
     table, tmp_path, precision, head
 ):
     Typed.dtypes.clear()
-    recipe = recipe_of(table)
-    train = recipe.train.model_copy(update={"precision": precision, "steps": 1})
-    recipe = recipe.model_copy(update={"train": train})
+    recipe = recipe_of(table, precision=precision, steps=1)
     quiet_train(recipe, tmp_path / "run", terms={"mine": Typed})
     assert Typed.dtypes == {("head", head), ("loss", torch.float32)}
 
@@ -80,12 +78,13 @@ def rows_of(method):
     return [{"step": call.args[0], **call.args[1]} for call in method.call_args_list]
 
 
-def recipe_of(table):
+def recipe_of(table, **train):
     sections = {
         "loss_weights": {"contrastive": 1.0, "mine": 0.5},
         "evaluation": {"retrieval": [str(table)]},
+        "views": UNCOLORED,
     }
-    return Recipe.model_validate(tiny_tree(table, **sections))
+    return Recipe.model_validate(tiny_tree(table, train={**TINY["train"], **train}, **sections))
 
 
 def test_a_run_with_callbacks_and_a_term_resumes_bit_exactly(table, tmp_path):
@@ -126,7 +125,7 @@ class Doubled(Mine):
 
 def test_a_training_within_another_has_its_own_source_and_terms(table, rows, tmp_path):
     """Of the same names: neither is visible to the other, and both get the numbers of a run alone."""
-    (tmp_path / "mine.yaml").write_text(recipe_of(table).to_yaml())
+    (tmp_path / "mine.yaml").write_text(recipe_of(table, steps=4).to_yaml())
     items = [(str(table.parent / row["image"]), row["caption"]) for row in rows]
 
     def run(name, data, term, **options):
@@ -136,7 +135,7 @@ def test_a_training_within_another_has_its_own_source_and_terms(table, rows, tmp
     alone = [run("first alone", items, Mine), run("second alone", items[::-1], Doubled)]
     inner, sink = [], Mock(Sink)
     sink.log.side_effect = lambda step, values: (
-        inner.append(run("second", items[::-1], Doubled)) if step == 4 else None
+        inner.append(run("second", items[::-1], Doubled)) if step == 2 else None
     )
     both = [run("first", items, Mine, callbacks=[sink]), *inner]
     assert [each.recipe.data.source for each in both] == ["python:list(24)"] * 2

@@ -21,7 +21,16 @@ from declip.training import distributed
 from declip.training.distributed import HostGroup
 from declip.training.sinks import Sink
 from declip.training.trainer import warn_once
-from training.starts import losses, moved, quiet_train, same_end, trained, trainer_of, tuned
+from training.starts import (
+    UNCOLORED,
+    losses,
+    moved,
+    quiet_train,
+    same_end,
+    trained,
+    trainer_of,
+    tuned,
+)
 
 DROPOUT = {
     "image": {
@@ -36,7 +45,7 @@ def recipe(rows, tmp_path_factory):
     """The keys of a run over the shapes and two pairs without an image, so that ranks hold unequal numbers."""
     broken = [{"image": f"missing-{number}.png", "caption": "nothing"} for number in range(2)]
     path = write_rows(tmp_path_factory.mktemp("broken") / "pairs.jsonl", [*rows, *broken])
-    tree = tiny_tree(path, "declip", name="declip")
+    tree = tiny_tree(path, "declip", name="declip", views=UNCOLORED)
     return {**tree, "data": {**tree["data"], "max_broken_fraction": 0.5}}
 
 

@@ -15,8 +15,8 @@ from training.starts import quiet_train, recipe_for, resumes_exactly, stop_at, t
 
 def plain(name, workers=0, **train):
     def case(table, start, folder):
-        data = {"source": str(table), "workers": workers}
-        return recipe_for(table, name, {"data": data}, steps=4, **train), None
+        sections = {"data": {"source": str(table), "workers": workers}, "views": {}}
+        return recipe_for(table, name, sections, steps=4, **train), None
 
     return case
 
