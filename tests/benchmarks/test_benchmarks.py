@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from declip.recipe.load import load_recipe
+from training.starts import UNCOLORED
 
 
 def test_step_and_its_peer(call):
@@ -62,7 +63,7 @@ def gpu(scripts, call, tmp_path, monkeypatch):
     """Measure parts of toy towers with one loss; give the exit status and what is printed."""
     module = scripts("gpu")
     keys = module.run_keys
-    fewer = {"loss_weights": {"contrastive": 1.0}, "text.layers": 1}
+    fewer = {"loss_weights": {"contrastive": 1.0}, "text.layers": 1, "views": UNCOLORED}
     fewer |= {f"train.{key}": value for key, value in TRAIN.items()}
     monkeypatch.setattr(module, "RECIPES", ("clip",))
     monkeypatch.setattr(module, "run_keys", lambda *given, **train: keys(*given, **train) | fewer)

@@ -289,8 +289,9 @@ def own(recipes, table, tmp_path):
 
 
 def test_a_loss_of_the_users_file_is_tuned_timed_trained_and_compared(
-    own, table, rows, tmp_path, command
+    own, table, rows, tmp_path, command, monkeypatch
 ):
+    monkeypatch.setattr(comparing, "ROUNDS", 1)
     path, recipes = own
     validation = write_rows(tmp_path / "validation.jsonl", rows[:12])
     tune = ["--tune", "train.lr=0.0001,0.01", "--tune-on", validation]

@@ -28,13 +28,13 @@ def test_towers_rest_while_new_heads_warm_up(table, tmp_path, conv_start):
     """Statistics of batch norm too."""
     file = tmp_path / "towers.safetensors"  # without heads
     write_declip_file(declip.load(conv_start, device="cpu"), file)
-    keys = {"steps": 4, "checkpoint_every": 1, "keep_checkpoints": 9, "evaluate_every": 1}
+    keys = {"steps": 8, "checkpoint_every": 1, "keep_checkpoints": 9, "evaluate_every": 1}
     trainer = trainer_of(tuned(table, file, keys, head_warmup_steps=2), tmp_path / "run")
     before = state(trainer)
     heads = {name: tensor.clone() for name, tensor in trainer.state.objective.named_parameters()}
     trainer.train()
     assert "Steps 1 to 2 (" in (tmp_path / "run/log.txt").read_text()
-    first, second, third, _ = map(load_checkpoint, list_checkpoints(tmp_path / "run"))
+    first, second, third, *_ = map(load_checkpoint, list_checkpoints(tmp_path / "run"))
     for checkpoint in (first, second):
         assert not moved(before, without_prefix("model", checkpoint.weights))
         assert moved(heads, without_prefix("objective", checkpoint.training)) == set(heads)
