@@ -65,8 +65,14 @@ def gpu(scripts, call, tmp_path, monkeypatch):
     keys = module.run_keys
     fewer = {"loss_weights": {"contrastive": 1.0}, "text.layers": 1, "views": UNCOLORED}
     fewer |= {f"train.{key}": value for key, value in TRAIN.items()}
+
+    def run_keys(*given, **train):
+        sharded = {"image.model_kwargs": {"depth": 1}, "train.checkpoint_every": 2}
+        few = sharded if train.get("strategy") == "fsdp" else {}
+        return keys(*given, **train) | fewer | few
+
     monkeypatch.setattr(module, "RECIPES", ("clip",))
-    monkeypatch.setattr(module, "run_keys", lambda *given, **train: keys(*given, **train) | fewer)
+    monkeypatch.setattr(module, "run_keys", run_keys)
     monkeypatch.setattr(module, "load_recipe", lambda name, keys: load_recipe(name, keys | fewer))
     monkeypatch.setattr(module, "draw_pairs", partial(module.draw_pairs, count=32))
 

@@ -240,7 +240,7 @@ def _sharing(name, recipes, table, out, options):
 
 def test_two_processes_share_the_runs(recipes, table, tmp_path):
     recipes = {"clip": recipes["clip"]}
-    options = {"seeds": 2}
+    options = {"seeds": 2, "pairs": (8,)}
     alone, out = tiny(recipes, table, tmp_path / "alone", **options), tmp_path / "out"
     fork = multiprocessing.get_context("fork")
     both = [

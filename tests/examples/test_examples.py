@@ -78,7 +78,7 @@ def test_a_momentum_teacher_follows_resumes_and_is_exported(table, tmp_path, cap
         teach(table, tmp_path / "run", given)
         assert "step 3: R@1 of the teacher" in capsys.readouterr().out
     else:
-        sharded = {**given, "train.strategy": "fsdp"}
+        sharded = {**given, "train.strategy": "fsdp", "train.steps": 2}
         in_processes(teach, 2, tmp_path / "meet", table, tmp_path / "run", sharded)
     saved = [load_checkpoint(path) for path in list_checkpoints(tmp_path / "run")]
     before, after = saved[-2:]
