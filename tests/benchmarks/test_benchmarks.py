@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import declip
 from declip.recipe.load import load_recipe
 from training.starts import UNCOLORED
 
@@ -83,7 +84,9 @@ def gpu(scripts, call, tmp_path, monkeypatch):
     return called
 
 
-def test_embedding(call):
+def test_embedding(call, scripts, tiny_run, monkeypatch):
+    load = declip.load
+    monkeypatch.setattr(scripts("embed"), "load", lambda _, *given: load(tiny_run, *given))
     words = "--towers builtin:lite0-minilm --sizes 48x40 --images 3 --repeats 1 --threads 1"
     rows = json.loads(call("embed", *words.split())[1][-1])["rows"]
     assert [(row["what"], row["count"]) for row in rows] == [

@@ -75,7 +75,6 @@ SOURCES = {
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize(
     ("kind", "buffer"),
     [("pairs", None), ("shards", 8), ("joined", None), ("joined", 8), ("part", 8)],
@@ -87,7 +86,7 @@ def test_any_number_of_workers_and_any_start_give_the_same_batches(shard_folder,
     samples = torch.cat([batch.sample_ids for batch in whole])
     assert len(samples.unique()) == 40 - alone.skipped.total
     assert (kind == "pairs") == (alone.skipped.total > 0)
-    for start, workers in ((5, 0), (2, 3)):
+    for start, workers in ((5, 0), (2, 2)):
         again = make(pickle.loads(pickle.dumps(source)), step=start, workers=workers, **options)
         assert_same(first_of(again, 10 - start), whole[start:])
         assert again.step == 10
