@@ -35,8 +35,8 @@ SMALL = {
 }
 SMALL |= {f"views.image.{key}": value for key, value in UNCOLORED["image"].items()}
 SMALL |= {"data.workers": 0, "image.size": 32, "text.width": 32, "text.layers": 1}
-TINY_VIT = {"train.precision": "fp32", "image.model": "declip_vit_tiny"}
-TINY_VIT |= {"image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1}}
+SMALL |= {"train.precision": "fp32", "image.model": "declip_vit_tiny"}
+SMALL |= {"image.model_kwargs": {"patch_size": 8, "embed_dim": 64, "depth": 1}}
 
 DOORS = {"optimizer", "augmentation", "evaluation"}  # examples that train with CLIP's loss
 NOT_TRAINING = {"heat_map", "own_encoder", "images_without_captions", "shards", "caption_neighbor"}
@@ -73,7 +73,7 @@ def teach(table, out, given):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_momentum_teacher_follows_resumes_and_is_exported(table, tmp_path, capsys, processes):
     example = EXAMPLES["momentum_teacher"]
-    given = {**SMALL, **TINY_VIT, "train.lr": 0.01, "train.checkpoint_every": 1}
+    given = {**SMALL, "train.lr": 0.01, "train.checkpoint_every": 1}
     if processes == 1:
         teach(table, tmp_path / "run", given)
         assert "step 3: R@1 of the teacher" in capsys.readouterr().out
@@ -248,11 +248,11 @@ def test_distillation_is_the_plain_loop_and_needs_no_gradient_of_the_teacher():
 
 
 def test_a_loss_that_reads_pixels_sees_all_of_them_in_chunks(table, tmp_path):
-    rows, given, chunks = [], {**TINY_VIT, **SMALL}, {"train.grad_cache_chunk": 3}
+    rows, chunks = [], {"train.grad_cache_chunk": 3}
     teacher = str(tmp_path / "whole-teacher")
     for name, trained, keys in (("whole", None, {}), ("chunks", teacher, chunks)):
         out = tmp_path / name
-        EXAMPLES["distillation"]["main"](str(table), str(out), trained, **{**given, **keys})
+        EXAMPLES["distillation"]["main"](str(table), str(out), trained, **SMALL, **keys)
         rows.append(read_rows(out / "metrics.jsonl")[-1]["losses"])
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
 
