@@ -64,14 +64,13 @@ class Classes:
 
     def with_features(self, file: Path) -> "Classes":
         """Add features of the texts that were measured before, if they are of these texts."""
-        texts = self.texts()[0]
+        texts, _ = self.texts()
         with safe_open(file, "pt") as stored:
             # Another version of timm has other names
             if stored.metadata()["texts"] != texts_digest(texts):
                 return self
-            return replace(
-                self, features=stored.get_tensor("features").float() * stored.get_tensor("scales")
-            )
+            features = stored.get_tensor("features").float() * stored.get_tensor("scales")
+        return replace(self, features=features)
 
     def texts(self) -> tuple[list[str], Tensor]:
         """Names and definitions as texts, and the class of each, (t,) int64."""
@@ -97,9 +96,11 @@ def read_names(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise UserError(
             f"Cannot read the class names (finetune.class_names) in '{file}': {error}."
         ) from error
-    names = [line.strip() for line in lines]
-    definitions = [""] * len(lines)
-    if separator := TABLES.get(file.suffix.lower()):
+    separator = TABLES.get(file.suffix.lower())
+    if separator is None:
+        names = [line.strip() for line in lines]
+        definitions = [""] * len(lines)
+    else:
         rows = list(csv.DictReader(lines, delimiter=separator))
         if not rows or "name" not in rows[0]:
             raise UserError(

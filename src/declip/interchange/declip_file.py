@@ -43,7 +43,8 @@ def read(where: str) -> Weights:
 def read_part(where: str) -> Weights:
     """Read a file with a part of a model, such as the pretrained weights that a run started from."""
     path = Path(where).expanduser()
-    path = path / FILE if path.is_dir() else path
+    if path.is_dir():
+        path /= FILE
     try:
         with safe_open(path, "pt") as file:
             recipe = file.metadata()[RECIPE]
@@ -51,10 +52,10 @@ def read_part(where: str) -> Weights:
     except Exception as error:  # safetensors has its own classes
         raise UserError(f"'{path}' is damaged: {one_line(error, 200)}. Export it again.") from error
     return Weights(
-        read_recipe(recipe, str(path)),
-        without_prefix("model", tensors),
-        str(where),
-        without_prefix("objective", tensors),
+        recipe=read_recipe(recipe, str(path)),
+        tensors=without_prefix("model", tensors),
+        origin=where,
+        heads=without_prefix("objective", tensors),
     )
 
 
@@ -62,19 +63,16 @@ def write_declip_file(
     model: DualEncoder, path: Path, heads: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write a model, as "model.…" tensors, and heads of losses, as "objective.…" tensors."""
-    heads = heads or (model.token_scorer.heads if model.token_scorer else {})
-    write_part(
-        with_prefix("model", model.state_dict()) | with_prefix("objective", heads),
-        model.recipe,
-        path,
-    )
+    if not heads and model.token_scorer:
+        heads = model.token_scorer.heads
+    tensors = with_prefix("model", model.state_dict()) | with_prefix("objective", heads or {})
+    write_part(tensors, model.recipe, path)
 
 
 def write_part(tensors: Mapping[str, Tensor], recipe: Recipe, path: Path) -> None:
     """Write tensors of a model, or a part of them, with the recipe."""
-    save_tensors(
-        tensors, path, {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
-    )
+    metadata = {RECIPE: recipe.to_yaml(), VERSION: declip.__version__, "format": "pt"}
+    save_tensors(tensors, path, metadata)
 
 
 class DeclipFile(Format):
@@ -92,8 +90,5 @@ class DeclipFile(Format):
     def read_back(self, folder: Path) -> ReadBack:
         """Load the folder."""
         model = read_part(str(folder)).build().eval()  # which this process wrote
-        return ReadBack(
-            f"declip {declip.__version__}",
-            model.encode_image,
-            model.encode_text if model.has_text else None,
-        )
+        encode_text = model.encode_text if model.has_text else None
+        return ReadBack(f"declip {declip.__version__}", model.encode_image, encode_text)

@@ -5,11 +5,10 @@ The base is read again by its name, so that the folder of a fit is small.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,12 +16,12 @@ import declip
 from declip.data.sources.names import resolve, stored_path
 from declip.errors import UserError
 from declip.interchange.architecture import load_tensors
-from declip.interchange.weights import Uninitialized, Weights, read_recipe
+from declip.interchange.weights import Weights, read_recipe, uninitialized
 from declip.io.atomic import save_tensors
 from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import hash_tensors
-from declip.models.hf_encoder import TextEncoder
 from declip.models.layers import PROJECTIONS
+from declip.models.tensor_names import all_but, only
 from declip.recipe.schema import Recipe
 from declip.runs.fitted import (
     BASE_FINGERPRINT_KEY,
@@ -52,22 +51,29 @@ class StoredHeads:
     @classmethod
     def of(cls, folder: Path, base: Weights, fitted: Weights, fingerprint: str) -> Self:
         """The heads in the weights of a fitted model, with the fingerprint of that model."""
-        own = {n: tensor for n, tensor in fitted.tensors.items() if n.startswith(REPLACED)}
-        return cls(folder, base.origin, base_fingerprint(base), fingerprint, fitted.recipe, own)
+        return cls(
+            folder=folder,
+            base=base.origin,
+            base_fingerprint=base_fingerprint(base),
+            fingerprint=fingerprint,
+            recipe=fitted.recipe,
+            tensors=only(REPLACED, fitted.tensors),
+        )
 
     def on(self, base: Weights) -> Weights:
         """The weights of the fitted model; raises `UserError` for another base."""
-        if (given := base_fingerprint(base)) != self.base_fingerprint:
+        given = base_fingerprint(base)
+        if given != self.base_fingerprint:
             raise UserError(
                 f"'{self.folder}' was fitted to '{self.base}' of fingerprint "
                 f"{self.base_fingerprint[:8]}, but that is now {given[:8]}. {self._ways_out}"
             )
-        tensors = dict(base.tensors)
+        tensors = base.tensors
         # Position embeddings may have to be resampled
         if _sizes(base.recipe) != _sizes(self.recipe):
             tensors = base_model(base, self.recipe).state_dict()
-        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(REPLACED)}
-        return Weights(self.recipe, kept | dict(self.tensors), str(self.folder)).check()
+        tensors = {**all_but(REPLACED, tensors), **self.tensors}
+        return Weights(self.recipe, tensors, str(self.folder)).check()
 
     def missing(self, error: UserError) -> UserError:
         """The error where the base cannot be read."""
@@ -93,16 +99,16 @@ def read_heads(where: str) -> StoredHeads:
     path = folder / HEADS
     known = read_metadata(path)
     try:
-        values = [known[key] for key in (BASE_KEY, BASE_FINGERPRINT_KEY, FINGERPRINT_KEY)]
-        recipe = known[RECIPE_KEY]
+        stored_base = known[BASE_KEY]
+        of_base = known[BASE_FINGERPRINT_KEY]
+        of_fitted = known[FINGERPRINT_KEY]
+        stored_recipe = known[RECIPE_KEY]
         tensors = load_file(path)
     except Exception as error:  # safetensors has its own classes
         raise damaged(path, error) from error
-    stored, base_print, fitted_print = values
-    base = resolve(stored, folder)
-    return StoredHeads(
-        folder, base, base_print, fitted_print, read_recipe(recipe, str(path)), tensors
-    )
+    base = resolve(stored_base, folder)
+    recipe = read_recipe(stored_recipe, str(path))
+    return StoredHeads(folder, base, of_base, of_fitted, recipe, tensors)
 
 
 def write_heads(path: Path, heads: StoredHeads) -> None:
@@ -120,19 +126,16 @@ def write_heads(path: Path, heads: StoredHeads) -> None:
 
 def base_fingerprint(base: Weights) -> str:
     """SHA-256, in hexadecimal, of what heads are fitted to: the towers below their projections."""
+    kept = all_but(REPLACED, base.tensors)
     digest = hashlib.sha256()
-    kept = {n: t for n, t in sorted(base.tensors.items()) if not n.startswith(REPLACED)}
-    hash_tensors(digest, kept)
+    hash_tensors(digest, dict(sorted(kept.items())))
     return digest.hexdigest()
 
 
 def base_model(weights: Weights, recipe: Recipe) -> DualEncoder:
     """The model of weights in the sizes of a recipe; projections that the weights lack are zeros."""
-    encoder = weights.encoder
-    if isinstance(encoder, TextEncoder):  # built without transformers, whose import takes seconds
-        encoder = replace(encoder, filled_later=True)
-    with torch.random.fork_rng(devices=[]), Uninitialized():
-        model = DualEncoder(recipe, encoder)
+    with uninitialized():
+        model = DualEncoder(recipe, weights.encoder_to_fill)
     for name, parameter in model.named_parameters():
         if name.startswith(PROJECTIONS):
             nn.init.zeros_(parameter)

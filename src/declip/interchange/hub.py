@@ -1,6 +1,5 @@
 """Repositories of models on the Hub."""
 
-from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -20,29 +19,31 @@ def hub_folder(where: str) -> str:
     If there are several formats, the order is declip, open_clip, transformers, or with ``huggingface:`` declip,
     transformers, open_clip. Pickle files are not fetched.
     """
-    prefix = next((prefix for prefix in HUB_PREFIXES if where.startswith(prefix)), None)
-    if prefix is None:
+    if not where.startswith(HUB_PREFIXES):
         return where
     # First the small files, which show the format; then the weights of that format.
-    folder = _fetched(where, prefix)
-    if declip_file.matches(str(folder)):
-        return str(folder)
+    folder = _fetch(where)
+    if declip_file.matches(folder):
+        return folder
     weights = huggingface.FILE
-    prefers_transformers = prefix == HUGGINGFACE and (folder / huggingface.CONFIG).is_file()
-    if open_clip.matches(str(folder)) and not prefers_transformers:
+    has_config = (Path(folder) / huggingface.CONFIG).is_file()
+    prefers_transformers = where.startswith(HUGGINGFACE) and has_config
+    if open_clip.matches(folder) and not prefers_transformers:
         weights = open_clip.WEIGHTS
-    return str(_fetched(where, prefix, weights))
+    return _fetch(where, weights)
 
 
-def _fetched(where: str, prefix: str, *weights: str) -> Path:
-    """Fetch the description of a repository, and files of weights."""
-    repo, _, revision = where.removeprefix(prefix).partition("@")
-    download = partial(
-        huggingface_hub.snapshot_download,
-        repo,
-        allow_patterns=[*DESCRIPTION, *weights],
-        revision=revision or None,
-    )
-    return Path(
-        fetch(where, lambda offline: download(local_files_only=offline), "the path of their folder")
-    )
+def _fetch(where: str, *weights: str) -> str:
+    """Fetch the description of a repository, and files of weights; returns the folder."""
+    name = where.rpartition(":")[2]
+    repo, _, revision = name.partition("@")
+
+    def download(offline: bool) -> str:
+        return huggingface_hub.snapshot_download(
+            repo,
+            allow_patterns=[*DESCRIPTION, *weights],
+            revision=revision or None,
+            local_files_only=offline,
+        )
+
+    return fetch(where, download, "the path of their folder")

@@ -1,6 +1,5 @@
 """Read and write folders of transformers: `CLIPModel` and `CLIPProcessor`, or SigLIP's."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.interchange import layouts, siglip
 from declip.interchange.format import Format, ReadBack, Refusal, Traced
+from declip.interchange.json_files import read_json, write_json
 from declip.interchange.layouts import TO_CLIP_VIT, backend, clip_text_tower, write_tokenizer
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
 from declip.interchange.transformers_files import (
@@ -26,7 +26,6 @@ from declip.interchange.transformers_files import (
     image_keys,
     image_processor,
     image_settings,
-    read_json,
 )
 from declip.interchange.weights import Weights, check_layers
 from declip.io.atomic import save_tensors
@@ -238,8 +237,8 @@ class Huggingface(Format):
         else:
             tensors = layouts.TRANSFORMERS.write(model.state_dict())
             config, preprocessor = _config(model), _preprocessor(model)
-        for file, content in ((CONFIG, config), (PREPROCESSOR, preprocessor)):
-            (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, config)
+        write_json(folder / PREPROCESSOR, preprocessor)
         write_tokenizer(model.tokenizer, folder)
         save_tensors(
             {name: tensor.float() for name, tensor in tensors.items()},

@@ -19,7 +19,8 @@ from declip.models.device import pick_device
 from declip.models.encoder import PlainEncoder, as_encoder
 from declip.models.fingerprint import fingerprint
 from declip.models.layers import PROJECTIONS
-from declip.models.neighbors import matching_projection, named_below
+from declip.models.neighbors import matching_projection
+from declip.models.tensor_names import named_below
 from declip.recipe.starts import OWN, is_own
 from declip.runs.existing import HEADS
 from declip.runs.fitted import damaged
@@ -29,7 +30,8 @@ def open_encoder(name: str, device: str = "auto", precision: str = "fp32") -> Pl
     """Run the file of a name, and return the encoder that its function returns."""
     own = OWN.fullmatch(name)
     assert own is not None, "see `is_own`"
-    path, function = Path(own["file"]).expanduser(), own["function"]
+    path = Path(own["file"]).expanduser()
+    function = own["function"]
     defined = run_file(path, "a function that returns an encoder")
     functions = {key: value for key, value in defined.items() if callable(value)}
     if function not in functions:
@@ -43,7 +45,9 @@ def open_encoder(name: str, device: str = "auto", precision: str = "fp32") -> Pl
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     encoder.class_name = f"{type(model).__qualname__} of {path.name} ({digest[:12]})"
     _check_place(name, encoder, device, precision)
-    return encoder if own["fit"] is None else _with_heads(encoder, own["fit"])
+    if own["fit"] is None:
+        return encoder
+    return _with_heads(encoder, own["fit"])
 
 
 def _check_place(name: str, encoder: PlainEncoder, device: str, precision: str) -> None:
@@ -60,13 +64,16 @@ class Projected:
     """An encoder whose embeddings two projections map into one space."""
 
     def __init__(self, base: PlainEncoder, tensors: Mapping[str, Tensor]) -> None:
-        self.base, self.tensors = base, tensors
+        self.base = base
+        self.tensors = tensors
         self.logit_scale = tensors["logit_scale"]
-        self.preprocess, self.tokenize = base.preprocess, base.tokenize
-        self.preprocessor, self.tokenizer = base.preprocessor, base.tokenizer
-        self.image, self.text = (
-            _projection(prefix, tensors, base.device) for prefix in PROJECTIONS
-        )
+        self.preprocess = base.preprocess
+        self.preprocessor = base.preprocessor
+        self.tokenize = base.tokenize
+        self.tokenizer = base.tokenizer
+        image, text = PROJECTIONS
+        self.image = _projection(image, tensors, base.device)
+        self.text = _projection(text, tensors, base.device)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized pixels → (n, d)."""

@@ -28,6 +28,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.encoder import Encoder, as_encoder
 from declip.models.layers import IMAGE
 from declip.models.precision import Precision, convert, pick_precision
+from declip.models.tensor_names import all_but
 from declip.recipe.starts import STARTS, is_own, no_model
 from declip.runs.fitted import FittedRun
 from declip.runs.folder import Run
@@ -88,7 +89,7 @@ def load(
         torch.Size([2, 8])
     """
     target = pick_device(device)
-    pick_precision(precision, target)  # refused before the weights are read
+    pick_precision(precision, target)  # raises before the weights are read
     model = read(folder_or_name(where)).build()
     return convert(model.to(target).eval(), precision)
 
@@ -150,7 +151,9 @@ def _read(where: str | Path) -> Weights:
     for reader in READERS:
         if reader.matches(here):
             weights = reader.read(here)
-            return weights if here == given else replace(weights, origin=given)
+            if here != given:  # of the Hub
+                weights = replace(weights, origin=given)
+            return weights
     raise no_model(here)
 
 
@@ -175,9 +178,8 @@ def _text_of_fitted(where: str) -> Weights | None:
     if not starter.matches(heads.base):
         return None
     tower = starter.read_text(heads.base)
-    own = {name: tensor for name, tensor in heads.tensors.items() if not name.startswith(IMAGE)}
-    tensors = dict(tower.tensors) | own
-    return Weights(heads.recipe, tensors, where, fingerprint=heads.fingerprint).check()
+    tensors = {**tower.tensors, **all_but(IMAGE, heads.tensors)}
+    return Weights(heads.recipe, tensors, where, fingerprint=heads.fingerprint)
 
 
 def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] | None:
@@ -187,17 +189,25 @@ def read_text(where: str | Path) -> tuple[Weights, Mapping[str, Tensor] | None] 
         The text tower, and all tensors of the model, None for published files; or None for other formats.
     """
     where = str(where)
+    tensors = None
     if starter.matches(where):
         text = timm_weights.complete_text(starter.read_text(where), STARTS[where])
-        return None if text is None else (text.check(), None)
-    if fitted.matches(where):
+    elif fitted.matches(where):
         text = _text_of_fitted(where)
-        return None if text is None else (text, None)
-    path = Path(where).expanduser()
-    if declip_file.matches(where):
-        weights = declip_file.read_part(where)
-    elif path.is_dir() and run_folder.has_checkpoint(path):
-        weights = run_folder.read_checkpoint(path)
     else:
-        return None
-    return None if weights.text is None else (weights.text.check(), weights.tensors)
+        weights = _read_ours(where)
+        if weights is None:
+            return None
+        text = weights.text
+        tensors = weights.tensors
+    return None if text is None else (text.check(), tensors)
+
+
+def _read_ours(where: str) -> Weights | None:
+    """Read a file of declip or a run, unchecked; None for other formats."""
+    if declip_file.matches(where):
+        return declip_file.read_part(where)
+    path = Path(where).expanduser()
+    if path.is_dir() and run_folder.has_checkpoint(path):
+        return run_folder.read_checkpoint(path)
+    return None

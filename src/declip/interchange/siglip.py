@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from declip.data.text.tokenizer import read_definition
 from declip.errors import UserError
 from declip.interchange.format import Refusal
+from declip.interchange.json_files import read_json
 from declip.interchange.layouts import SIGLIP
 from declip.interchange.open_clip_model import short_name
 from declip.interchange.transformers_files import (
@@ -24,7 +25,6 @@ from declip.interchange.transformers_files import (
     image_keys,
     image_processor,
     image_settings,
-    read_json,
 )
 from declip.interchange.weights import Uninitialized, Weights, check_layers, empty
 from declip.models.dual_encoder import DualEncoder
@@ -38,6 +38,7 @@ from declip.models.siglip import (
     WrappedSiglip,
     configuration,
 )
+from declip.models.tensor_names import all_but
 from declip.recipe.load import load_recipe
 
 __all__ = ["MODEL_TYPE", "config_of", "preprocessor_of", "read", "refuse", "tensors_of"]
@@ -177,8 +178,7 @@ def refuse(model: DualEncoder) -> None:
 
 def tensors_of(model: DualEncoder) -> dict[str, Tensor]:
     """The tensors of a model with SigLIP's towers, by the names of transformers."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != ENTRY}
-    return SIGLIP.write(state)
+    return SIGLIP.write(all_but(ENTRY, model.state_dict()))
 
 
 def config_of(model: DualEncoder, tower: SiglipTextTower) -> dict[str, Any]:

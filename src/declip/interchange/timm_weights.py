@@ -32,7 +32,7 @@ from declip.closed_form.related import class_neighbors
 from declip.closed_form.solve import DEFAULT_FORM
 from declip.errors import UserError, unknown
 from declip.interchange.classes import Classes
-from declip.interchange.weights import Uninitialized, Weights, read_tensors, unwrapped
+from declip.interchange.weights import Weights, read_tensors, uninitialized, unwrapped
 from declip.io.atomic import atomic_write, cache_folder, save_tensors
 from declip.io.cache import HEADS
 from declip.io.hub import fetch
@@ -40,8 +40,9 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.fingerprint import hash_tensors
 from declip.models.hf_encoder import read_encoder
 from declip.models.image_tower import ImageTower
-from declip.models.layers import PROJECTIONS, TEXT
-from declip.models.neighbors import INNER, named_below, neighbor_tensors
+from declip.models.layers import IMAGE, PROJECTIONS, TEXT
+from declip.models.neighbors import INNER, neighbor_tensors
+from declip.models.tensor_names import add_prefix, all_but, named_below, only
 from declip.recipe.load import load_recipe
 
 PREFIX = "timm:"
@@ -100,11 +101,11 @@ def read(where: str) -> Weights:
         "embed_dim": width,
     }
     recipe = load_recipe("few-clip", keys)
-    tensors = {f"image_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    tensors = add_prefix(IMAGE, tower.state_dict())
     # Without a text tower there is no shared space, so the projection is the identity.
-    tensors["image_tower.proj.weight"] = torch.eye(width)
-    if "image_tower.proj.bias" in tensors:
-        tensors["image_tower.proj.bias"] = torch.zeros(width)
+    tensors[f"{IMAGE_PROJECTION}weight"] = torch.eye(width)
+    if f"{IMAGE_PROJECTION}bias" in tensors:
+        tensors[f"{IMAGE_PROJECTION}bias"] = torch.zeros(width)
     tensors["logit_scale"] = torch.tensor(recipe.logit_scale.init)
     return Weights(recipe, tensors, where, classes=_classes(rest, width))
 
@@ -125,17 +126,16 @@ def _published_config(name: str, architecture: str) -> Any:
 def _with_text(image: Weights, name: str, where: str) -> Weights:
     encoder = read_encoder(name, pretrained=True)
     positions = encoder.config.get("max_position_embeddings", CONTEXT + OFFSET)
-    changes = {
-        "hf_model": name,
-        "context_length": min(CONTEXT, positions - OFFSET),
-        "pretrained": False,
+    keys = {
+        "text.hf_model": name,
+        "text.context_length": min(CONTEXT, positions - OFFSET),
+        "text.pretrained": False,
     }
-    recipe = image.recipe.with_keys({f"text.{key}": value for key, value in changes.items()})
-    with torch.random.fork_rng(devices=[]), Uninitialized():
+    recipe = image.recipe.with_keys(keys)
+    with uninitialized():
         filled = DualEncoder(recipe, encoder, "text")
-    tensors = {**image.tensors, **filled.state_dict()}
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTIONS)}
-    return replace(image, recipe=recipe, tensors=kept, origin=where)
+    tensors = all_but(PROJECTIONS, {**image.tensors, **filled.state_dict()})
+    return replace(image, recipe=recipe, tensors=tensors, origin=where)
 
 
 def _classes(rest: Mapping[str, Tensor], width: int) -> Classes | None:
@@ -154,15 +154,17 @@ def _filled(
 ) -> tuple[ImageTower, dict[str, Tensor]]:
     """Build the tower with the weights, which must be complete except for the classifier, and return the rest."""
     heads = _classifier_modules(architecture)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), Uninitialized():
+    with torch.device("meta"), uninitialized():
         own = ImageTower(architecture, size, embed_dim=8).trunk.state_dict()
     kept: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        of_tower = name in own or name.split(".")[0] not in heads
-        (kept if of_tower else rest)[name] = tensor
+        if name in own or name.split(".")[0] not in heads:
+            kept[name] = tensor
+        else:
+            rest[name] = tensor
     try:
-        with torch.random.fork_rng(devices=[]), Uninitialized():
+        with uninitialized():
             tower = ImageTower(architecture, size, embed_dim=8, weights=kept)
     except UserError as error:
         # The last line of torch's message
@@ -178,7 +180,9 @@ def _classifier_modules(architecture: str) -> set[str]:
     import timm
 
     config = timm.get_pretrained_cfg(architecture)
-    names: Any = () if config is None else config.classifier or ()
+    if config is None or not config.classifier:
+        return set()
+    names: Any = config.classifier
     if isinstance(names, str):
         names = (names,)
     return {name.split(".")[0] for name in names}
@@ -206,7 +210,8 @@ def class_start(weights: Weights, texts: Tensor) -> Heads:
     of_image = Side(image["anchors"], image["mean"])
     of_text = Side(text["anchors"], text["mean"])
     neighbors = Neighbors(of_image, of_text, 0, image["weights"], image["axes"])
-    image, text = named_below(INNER, image), named_below(INNER, text)
+    image = named_below(INNER, image)
+    text = named_below(INNER, text)
     posteriors = None
     if "classes" in image:
         posteriors = PosteriorFeatures(image["classes"], image["direction"])
@@ -217,7 +222,8 @@ def _known_heads(
     weights: Weights, classes: Classes, texts: Tensor | None = None
 ) -> dict[str, Tensor]:
     path = _cache_file(weights, classes)
-    if (heads := _read_heads(path)) is not None:
+    heads = _read_heads(path)
+    if heads is not None:
         return heads
     log.info(
         "Computing the projections of '%s' from the names of its classes, once.", weights.origin
@@ -225,7 +231,8 @@ def _known_heads(
     if texts is None:
         texts = classes.features
     if texts is None:
-        texts = encode_texts(weights, classes.texts()[0])
+        names, _ = classes.texts()
+        texts = encode_texts(weights, names)
     heads = class_heads(classes, texts)
     try:
         with atomic_write(path) as partial:
@@ -242,15 +249,16 @@ def complete_text(weights: Weights, size: int) -> Weights | None:
 
 
 def _with_heads(weights: Weights, heads: Mapping[str, Tensor], size: int | None) -> Weights:
-    recipe = weights.recipe
-    changes = {
-        "image.size": size or recipe.image.size,
+    scale = math.log(LOGIT_SCALE)
+    keys = {
+        "image.size": size or weights.recipe.image.size,
         "embed_dim": heads[f"{IMAGE_PROJECTION}axes"].shape[1],
-        "logit_scale.init": math.log(LOGIT_SCALE),
+        "logit_scale.init": scale,
     }
-    tensors = {**weights.tensors, **heads, "logit_scale": torch.tensor(math.log(LOGIT_SCALE))}
+    recipe = weights.recipe.with_keys(keys)
+    tensors = {**weights.tensors, **heads, "logit_scale": torch.tensor(scale)}
     published = weights.published and f"{weights.published} {VERSION}"
-    return replace(weights, recipe=recipe.with_keys(changes), tensors=tensors, published=published)
+    return replace(weights, recipe=recipe, tensors=tensors, published=published)
 
 
 def _read_heads(path: Path) -> dict[str, Tensor] | None:
@@ -275,22 +283,22 @@ def class_heads(classes: Classes, texts: Tensor) -> dict[str, Tensor]:
     nothing = Pairs(no_images, no_texts, torch.empty(0).long())
     heads = fit_heads(nothing, pairs, 1.0, DEFAULT_FORM)
     axes = normalize(heads.text, dim=1).mT  # (w, k)
-    sides = []
-    for head in (heads.image, heads.text):
-        rotated = axes @ head
-        # Lengths do not change a cosine; these are the ones of a projection's random start.
-        sides.append({"weight": rotated * (len(rotated) ** 0.5 / rotated.norm())})
-    image, text = sides
+    heads = heads._replace(image=_scaled(axes @ heads.image), text=_scaled(axes @ heads.text))
+    image = {"weight": heads.image}
+    text = {"weight": heads.text}
     if heads.classifier is not None:
-        classes_of_heads, direction = heads.classifier
-        image |= {"classes": classes_of_heads, "direction": direction}
+        image["classes"], image["direction"] = heads.classifier
     # --- the classes that an image and a text both resemble
-    known = class_neighbors(heads._replace(image=image["weight"], text=text["weight"]), pairs)
+    known = class_neighbors(heads, pairs)
     image = neighbor_tensors(image, known.images, known)
     text = neighbor_tensors(text, known.texts, known)
-    tensors = {f"{IMAGE_PROJECTION}{name}": tensor for name, tensor in image.items()}
-    tensors |= {f"{TEXT_PROJECTION}{name}": tensor for name, tensor in text.items()}
+    tensors = add_prefix(IMAGE_PROJECTION, image) | add_prefix(TEXT_PROJECTION, text)
     return {name: _on_grid(tensor) for name, tensor in tensors.items()}
+
+
+def _scaled(head: Tensor) -> Tensor:
+    """A projection in the length of a random start; lengths do not change a cosine."""
+    return head * (len(head) ** 0.5 / head.norm())
 
 
 def _on_grid(tensor: Tensor) -> Tensor:
@@ -300,7 +308,7 @@ def _on_grid(tensor: Tensor) -> Tensor:
 @torch.inference_mode()
 def encode_texts(weights: Weights, texts: list[str]) -> Tensor:
     """Pooled features (t, w) of texts by the text tower of weights without projections."""
-    with torch.random.fork_rng(devices=[]), Uninitialized():
+    with uninitialized():
         model = DualEncoder(weights.recipe, weights.encoder).eval()
     model.load_state_dict(model.state_dict() | dict(weights.tensors))
     tokens = model.tokenize(texts)
@@ -320,11 +328,7 @@ def _cache_file(weights: Weights, classes: Classes | None = None) -> Path:
         known += [weights.published, version("timm")]
     elif classes is not None:
         known += [classes.names, classes.definitions]
-        tensors = {
-            name: tensor
-            for name, tensor in sorted(weights.tensors.items())
-            if name.startswith(TEXT)
-        }
+        tensors = dict(sorted(only(TEXT, weights.tensors).items()))
         tensors |= {"rows": classes.rows, "mean": classes.mean}
     digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=12)
     hash_tensors(digest, tensors)

@@ -1,12 +1,12 @@
 """Files of a folder of transformers: configuration, image processor."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from declip.errors import UserError
+from declip.interchange.json_files import read_json
 from declip.recipe.schema import ImageTowerConfig
 
 CONFIG, FILE = "config.json", "model.safetensors"
@@ -18,18 +18,15 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Content of a JSON file, {} if there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
 def expect(key: str, value: Any, *allowed: Any) -> None:
     """Refuse a value that is neither allowed nor close to an allowed number."""
-    near = isinstance(value, float) and any(
-        math.isclose(value, number, rel_tol=1e-4) for number in allowed
-    )
-    if value not in allowed and not near:
-        raise UserError(f"{key} is {value!r}; supported: {' or '.join(map(repr, allowed))}")
+    if value in allowed:
+        return
+    if isinstance(value, float) and any(
+        math.isclose(value, near, rel_tol=1e-4) for near in allowed
+    ):
+        return
+    raise UserError(f"{key} is {value!r}; supported: {' or '.join(map(repr, allowed))}")
 
 
 def image_settings(folder: Path, kind: str, defaults: Mapping[str, Any]) -> dict[str, Any]:

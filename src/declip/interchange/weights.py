@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from declip.models.dual_encoder import DualEncoder, PublishedHeads, Towers
 from declip.models.hf_encoder import TextEncoder
 from declip.models.layers import IMAGE, PROJECTIONS, TEXT, adapted, add_adapters, merge_adapters
 from declip.models.stored import encoder_kept_in
+from declip.models.tensor_names import all_but, named_below, only
 from declip.models.token_scorer import TokenHead, TokenScorer
 from declip.models.wrapped import WrappedModel
 from declip.recipe.schema import Recipe
@@ -44,9 +46,8 @@ functions of its own in place of torch's."""
 RESCALING = {Tensor.add_, Tensor.clamp_, Tensor.erfinv_, Tensor.mul_}
 """What makes random numbers normal and truncated, in place; slow, on the meta device too."""
 
-
-# End of a tensor's name in the head of a loss that compares tokens
 PATCH_PROJECTION = "patch_projection.weight"
+"""End of a tensor's name in the head of a loss that compares tokens."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,19 @@ class Weights:
             return None
         return encoder_kept_in(self.tensors, Path(self.origin))
 
+    @property
+    def encoder_to_fill(self) -> TextEncoder | WrappedModel | None:
+        """`encoder` for a model that loads its weights: built without transformers, whose import takes seconds."""
+        encoder = self.encoder
+        if isinstance(encoder, TextEncoder):
+            return replace(encoder, filled_later=True)
+        return encoder
+
     def named_classes(self, file: str | None = None, required: bool = False) -> Classes | None:
         """Return the classes if they have names, or those in a file; a `UserError` without, if given or required."""
-        classes = (
-            self.classes if self.classes is None or file is None else self.classes.with_names(file)
-        )
+        classes = self.classes
+        if classes is not None and file is not None:
+            classes = classes.with_names(file)
         if classes is not None and classes.names:
             return classes
         if not required and file is None:
@@ -100,8 +109,9 @@ class Weights:
 
     def check(self) -> "Weights":
         """Compare names and shapes of the tensors with the recipe, and return the weights."""
-        text = self.encoder or self.recipe.text
-        sizes = [self.recipe.image.model_dump(), vars(text) if self.has_text else None]
+        sizes = [self.recipe.image.model_dump()]
+        if self.has_text:
+            sizes.append(vars(self.encoder or self.recipe.text))
         check_layers(sizes, len(self.tensors), f"The model in '{self.origin}'")
         # The recipe may be a stranger's: no memory is allocated for its sizes.
         with torch.device("meta"), Uninitialized():
@@ -117,14 +127,11 @@ class Weights:
         """The weights without the image tower, whose `build` imports no timm; None where the towers share something."""
         if not self.has_text or adapted(self.tensors) or isinstance(self.encoder, WrappedModel):
             return None
-        return replace(
-            self,
-            tensors={name: t for name, t in self.tensors.items() if not name.startswith(IMAGE)},
-        )
+        return replace(self, tensors=all_but(IMAGE, self.tensors))
 
     def build(self) -> DualEncoder:
         """Build the model in training mode, on the CPU, with merged adapters."""
-        with torch.random.fork_rng(devices=[]), Uninitialized():
+        with uninitialized():
             model, adapters = self._empty()
         if difference := first_difference(model.state_dict(), self.tensors):
             if self.has_text and not self.projected:
@@ -135,12 +142,7 @@ class Weights:
             )
         model.load_state_dict(self.tensors)
         if self.published:
-            heads = {
-                name: tensor
-                for name, tensor in self.tensors.items()
-                if name.startswith(PROJECTIONS)
-            }
-            model.published = PublishedHeads(self.published, heads)
+            model.published = PublishedHeads(self.published, only(PROJECTIONS, self.tensors))
         if self.fingerprint:
             model.float32_fingerprint = self.fingerprint
         merge_adapters(adapters)
@@ -149,14 +151,11 @@ class Weights:
 
     def as_start(self) -> "Weights":
         """Merge adapters; remove the projection of an image tower alone, which belongs to the missing text tower."""
-        tensors = self.build().state_dict() if adapted(self.tensors) else self.tensors
+        tensors = self.tensors
+        if adapted(tensors):
+            tensors = self.build().state_dict()
         if not self.has_text:
-            projection = f"{IMAGE}proj."
-            tensors = {
-                name: tensor
-                for name, tensor in tensors.items()
-                if name.startswith(IMAGE) and not name.startswith(projection)
-            }
+            tensors = all_but(PROJECTIONS, only(IMAGE, tensors))
         return replace(self, tensors=tensors)
 
     def _token_scorer(self, model: DualEncoder) -> TokenScorer | None:
@@ -166,15 +165,10 @@ class Weights:
         if section is None or first is None or not (model.has_image and model.has_text):
             return None
         prefix = first.removesuffix(PATCH_PROJECTION)
-        own = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self.heads.items()
-            if name.startswith(prefix)
-        }
         with torch.device("meta"):  # the sizes may be a stranger's
             head = TokenHead(model.image_tower.token_width, model.text_tower.width, section.width)
         try:
-            head.load_state_dict(own, assign=True)
+            head.load_state_dict(named_below(prefix, self.heads), assign=True)
         except RuntimeError as error:
             problem = f"The head {prefix.rstrip('.')} in '{self.origin}' does not fit its recipe"
             raise UserError(f"{problem}: {one_line(error)}") from error
@@ -182,18 +176,16 @@ class Weights:
 
     def _empty(self) -> tuple[DualEncoder, list[Any]]:
         """Build the model without its weights, and its adapters."""
-        encoder = self.encoder
-        if isinstance(encoder, TextEncoder):
-            encoder = replace(encoder, filled_later=True)
-        model = empty(self.recipe, encoder, self._towers)
+        model = empty(self.recipe, self.encoder_to_fill, self._towers)
         if model.has_image:
             model.image_tower.match_projection(self.tensors)
         if model.has_text:
             model.text_tower.match_projection(self.tensors)
-        lora, with_adapters = self.recipe.finetune.lora, adapted(self.tensors)
-        return model, add_adapters(
-            model, lora, with_adapters
-        ) if lora is not None and with_adapters else []
+        lora = self.recipe.finetune.lora
+        towers = adapted(self.tensors)
+        if lora is None or not towers:
+            return model, []
+        return model, add_adapters(model, lora, towers)
 
     @property
     def _towers(self) -> Towers:
@@ -215,6 +207,13 @@ class Uninitialized(TorchFunctionMode):
         if func in RESCALING and isinstance(args[0], nn.Parameter):
             return args[0]
         return func(*args, **kwargs)
+
+
+@contextmanager
+def uninitialized() -> Iterator[None]:
+    """Build modules with neither random numbers nor a change of torch's generator."""
+    with torch.random.fork_rng(devices=[]), Uninitialized():
+        yield
 
 
 def empty(
@@ -255,7 +254,9 @@ def _layers(config: Any, key: str = "") -> int:
         return sum(_layers(value, str(name)) for name, value in config.items())
     if isinstance(config, list | tuple):
         return sum(_layers(value, key) for value in config)
-    return max(config, 0) if isinstance(config, int) and LAYER_KEY.search(key) else 0
+    if isinstance(config, int) and LAYER_KEY.search(key):
+        return max(config, 0)
+    return 0
 
 
 def read_recipe(text: str, origin: str) -> Recipe:
@@ -263,12 +264,10 @@ def read_recipe(text: str, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(read_yaml(text))
     except Exception as error:  # YAML has its own errors
-        keys = (
-            [problem["loc"] for problem in error.errors()]
-            if isinstance(error, ValidationError)
-            else []
-        )
-        what = ", ".join(".".join(map(str, key)) for key in keys[:3]) or one_line(error)
+        keys = []
+        if isinstance(error, ValidationError):
+            keys = [".".join(map(str, problem["loc"])) for problem in error.errors()]
+        what = ", ".join(keys[:3]) or one_line(error)
         raise UserError(
             f"The recipe in '{origin}' is damaged, or another version's: {what}. Train again."
         ) from error
@@ -308,8 +307,10 @@ def read_tensors(path: Path) -> Any:
 
 def unwrapped(content: Any, *keys: str) -> dict[str, Tensor]:
     """Tensors in the content of a checkpoint, without "module.": below the first of the keys that it has, or all."""
-    content = content if isinstance(content, Mapping) else {}
-    state = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping):
+        return {}
+    inner = [content[key] for key in keys if isinstance(content.get(key), Mapping)]
+    state = inner[0] if inner else content
     return {
         str(name).removeprefix("module."): tensor
         for name, tensor in state.items()
@@ -320,11 +321,11 @@ def unwrapped(content: Any, *keys: str) -> dict[str, Tensor]:
 def check_file(path: Path) -> int:
     """Check a file that another library will read, and count its tensors; those of torch's archives are mapped."""
     if path.suffix == ".safetensors":
-        with safe_open(
-            path, "pt"
-        ) as file:  # reads the header, which says no more than the file holds
+        # This reads the header, which says no more than the file holds
+        with safe_open(path, "pt") as file:
             return len(file.keys())
-    return sum(1 for _ in _tensors(_load(path, mmap=True)))
+    content = _load(path, mmap=True)
+    return sum(1 for _ in _tensors(content))
 
 
 def reason(error: Exception, longest: int = 300) -> str:
@@ -338,8 +339,8 @@ def reason(error: Exception, longest: int = 300) -> str:
 def _load(path: Path, mmap: bool = False) -> Any:
     size = path.stat().st_size
     with path.open("rb") as file:
-        archive = file.read(4) == b"PK\x03\x04"  # torch's own test for archives
-    if archive:
+        is_archive = file.read(4) == b"PK\x03\x04"  # torch's own test for archives
+    if is_archive:
         with zipfile.ZipFile(path) as opened:
             entries = opened.infolist()
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
@@ -348,9 +349,8 @@ def _load(path: Path, mmap: bool = False) -> Any:
                 "open_clip:ViT-B-32/openai; of your own models save the `state_dict()`."
             )
         refuse_growth(f"'{path}'", sum(entry.file_size for entry in entries), size)
-    content = torch.load(
-        path, map_location="cpu", weights_only=True, mmap=(mmap and archive) or None
-    )
+    mapped = True if mmap and is_archive else None
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # An expanded tensor can repeat one number 10^12 times, and a copy of it would take the memory.
     refuse_growth(f"'{path}'", sum(tensor.nbytes for tensor in _tensors(content)), size)
     return content
@@ -358,7 +358,8 @@ def _load(path: Path, mmap: bool = False) -> Any:
 
 def _tensors(content: Any) -> Iterator[Tensor]:
     """All tensors in nested dictionaries and lists, each once; containers may contain themselves."""
-    left, seen = [content], set[int]()
+    left = [content]
+    seen = set[int]()
     while left:
         item = left.pop()
         if id(item) in seen:
@@ -366,5 +367,7 @@ def _tensors(content: Any) -> Iterator[Tensor]:
         seen.add(id(item))
         if isinstance(item, Tensor):
             yield item
-        elif isinstance(item, Mapping | list | tuple | set):
-            left.extend(item.values() if isinstance(item, Mapping) else item)
+        elif isinstance(item, Mapping):
+            left.extend(item.values())
+        elif isinstance(item, list | tuple | set):
+            left.extend(item)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from declip.errors import UserError, unknown
-from declip.models.neighbors import matching_projection, named_below
+from declip.models.neighbors import matching_projection
+from declip.models.tensor_names import named_below
 
 if TYPE_CHECKING:
     from timm.models.byobnet import ByoBlockCfg

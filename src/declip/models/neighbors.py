@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from declip.closed_form.neighbors import Neighbors, Side
 from declip.models.posteriors import PosteriorProjection
+from declip.models.tensor_names import add_prefix, named_below
 
 INNER = "projection."
 
@@ -85,9 +86,14 @@ class NeighborProjection(nn.Module):
 def neighbor_tensors(own: Mapping[str, Tensor], side: Side, known: Neighbors) -> dict[str, Tensor]:
     """The tensors of a projection of one side, `own`, as those of a `NeighborProjection`."""
     assert known.axes is not None, "a saved model has as many dimensions as its axes"
-    inner = {f"{INNER}{name}": tensor for name, tensor in own.items() if name != "bias"}
-    extension = {"anchors": side.anchors, "mean": side.mean}
-    return {**inner, **extension, "weights": known.weights, "axes": known.axes}
+    inner = {name: tensor for name, tensor in own.items() if name != "bias"}
+    return {
+        **add_prefix(INNER, inner),
+        "anchors": side.anchors,
+        "mean": side.mean,
+        "weights": known.weights,
+        "axes": known.axes,
+    }
 
 
 def matching_projection(usual: nn.Module, tensors: Mapping[str, Tensor], width: int) -> nn.Module:
@@ -109,8 +115,3 @@ def matching_projection(usual: nn.Module, tensors: Mapping[str, Tensor], width: 
     if isinstance(usual, nn.Identity) and weight is not None and weight.ndim == 2:
         return nn.Linear(width, len(weight), bias="bias" in tensors)
     return usual
-
-
-def named_below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from declip.data.text.tokenizer import padded_length
 from declip.errors import UserError
-from declip.models.neighbors import matching_projection, named_below
+from declip.models.neighbors import matching_projection
+from declip.models.tensor_names import named_below
 from declip.recipe.schema import TextTowerConfig
 
 

@@ -1,0 +1,16 @@
+"""JSON files in the folders of other libraries."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Content of a JSON file, {} if there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file as other libraries do."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
