@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import declip
 from conftest import refuses
 from declip.data.text.tokenizer import Tokenizer, clean
-from declip.interchange.layouts import backend
+from declip.interchange.tokenizer_files import backend
 from interchange.test_export import features, same_until_the_end
 from interchange.towers import CAPTIONS, EXACT, build, largest, pictures, spread
 from text_encoders import transformers

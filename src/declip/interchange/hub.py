@@ -23,17 +23,17 @@ def hub_folder(where: str) -> str:
         return where
     # First the small files, which show the format; then the weights of that format.
     folder = _fetch(where)
-    if declip_file.matches(folder):
-        return folder
+    if declip_file.matches(str(folder)):
+        return str(folder)
     weights = huggingface.FILE
-    has_config = (Path(folder) / huggingface.CONFIG).is_file()
+    has_config = (folder / huggingface.CONFIG).is_file()
     prefers_transformers = where.startswith(HUGGINGFACE) and has_config
-    if open_clip.matches(folder) and not prefers_transformers:
+    if open_clip.matches(str(folder)) and not prefers_transformers:
         weights = open_clip.WEIGHTS
-    return _fetch(where, weights)
+    return str(_fetch(where, weights))
 
 
-def _fetch(where: str, *weights: str) -> str:
+def _fetch(where: str, *weights: str) -> Path:
     """Fetch the description of a repository, and files of weights; returns the folder."""
     name = where.rpartition(":")[2]
     repo, _, revision = name.partition("@")
@@ -46,4 +46,4 @@ def _fetch(where: str, *weights: str) -> str:
             local_files_only=offline,
         )
 
-    return fetch(where, download, "the path of their folder")
+    return Path(fetch(where, download, "the path of their folder"))

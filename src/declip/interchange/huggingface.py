@@ -14,8 +14,9 @@ from declip.errors import UserError
 from declip.interchange import layouts, siglip
 from declip.interchange.format import Format, ReadBack, Refusal, Traced
 from declip.interchange.json_files import read_json, write_json
-from declip.interchange.layouts import TO_CLIP_VIT, backend, clip_text_tower, write_tokenizer
+from declip.interchange.layouts import TO_CLIP_VIT, clip_text_tower
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
+from declip.interchange.tokenizer_files import clip_tokenizer, write_tokenizer
 from declip.interchange.transformers_files import (
     CONFIG,
     FILE,
@@ -23,9 +24,10 @@ from declip.interchange.transformers_files import (
     RESAMPLE,
     TOKENIZER,
     expect,
-    image_keys,
+    expect_settings,
     image_processor,
     image_settings,
+    preprocessing_keys,
 )
 from declip.interchange.weights import Weights, check_layers
 from declip.io.atomic import save_tensors
@@ -88,21 +90,24 @@ def read(where: str) -> Weights:
             raise UserError(
                 f"there is no {FILE}; other files are not read: save it as one safetensors file"
             )
-        weights = {
-            name: tensor
-            for name, tensor in load_file(folder / FILE).items()
-            if not name.endswith(POSITION_IDS)
-        }
-        for tensor_name, tensor in weights.items():
-            if (
-                not torch.stack(torch.aminmax(tensor)).isfinite().all()
-            ):  # 40 times as fast as `isfinite`
-                raise UserError(f"'{tensor_name}' has numbers that are not finite")
-        return read_weights(folder, config, weights, where)
+        return read_weights(folder, config, _finite_tensors(folder / FILE), where)
     except Exception as error:  # wrong files raise any class
         given = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = f"{given}{one_line(error, 400)}".rstrip(".")
         raise UserError(f"'{where}' cannot be read as transformers' {name}: {reason}.") from error
+
+
+def _finite_tensors(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file, whose numbers must be finite."""
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        if name.endswith(POSITION_IDS):
+            continue
+        extremes = torch.stack(torch.aminmax(tensor))  # 40 times as fast as `isfinite` of all
+        if not extremes.isfinite().all():
+            raise UserError(f"'{name}' has numbers that are not finite")
+        tensors[name] = tensor
+    return tensors
 
 
 def _read_clip(
@@ -132,55 +137,45 @@ READ = (
 
 
 def _keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    # Early releases wrote each section by a second name too, which takes precedence.
-    text, vision = (
-        config.get(f"{name}_dict") or config.get(name) or {}
-        for name in ("text_config", "vision_config")
-    )
-    for name, section in (("text_config", text), ("vision_config", vision)):
-        expect(f"{name}.hidden_act", section.get("hidden_act", "quick_gelu"), "quick_gelu", "gelu")
-        expect(f"{name}.layer_norm_eps", section.get("layer_norm_eps", EPS), EPS)
-    # Sizes
-    text_keys = {
-        f"text.{ours}": text.get(theirs, default) for ours, (theirs, default) in TEXT.items()
-    }
-    vision_keys = {ours: vision.get(theirs, default) for ours, (theirs, default) in VISION.items()}
-    expect(
-        "text_config.intermediate_size",
-        text.get("intermediate_size", 2048),
-        4 * text_keys["text.width"],
-    )
+    text = _section(config, "text_config")
+    vision = _section(config, "vision_config")
+    text_sizes = {ours: text.get(theirs, default) for ours, (theirs, default) in TEXT.items()}
+    sizes = {ours: vision.get(theirs, default) for ours, (theirs, default) in VISION.items()}
+    hidden = text.get("intermediate_size", 2048)
+    expect("text_config.intermediate_size", hidden, 4 * text_sizes["width"])
     tokenizer = _read_tokenizer(folder / TOKENIZER)
-    expect(
-        "text_config.eos_token_id",
-        text.get("eos_token_id", 49_407),
-        tokenizer.end,
-        POOLS_AT_HIGHEST,
-    )
+    end = text.get("eos_token_id", 49_407)
+    expect("text_config.eos_token_id", end, tokenizer.end, POOLS_AT_HIGHEST)
     return {
-        **layouts.vit_keys(**vision_keys),
-        **text_keys,
+        **layouts.vit_keys(**sizes),
+        **{f"text.{key}": size for key, size in text_sizes.items()},
         **_image_keys(folder, vision.get("image_size", 224)),
         "embed_dim": config.get("projection_dim", 512),
         "text.bpe_merges": layouts.merges_key(layouts.NO_MERGES + tokenizer.merges),
     }
 
 
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A tower's section, which early releases wrote by a second name too, which takes precedence."""
+    section = config.get(f"{name}_dict") or config.get(name) or {}
+    expect(f"{name}.hidden_act", section.get("hidden_act", "quick_gelu"), "quick_gelu", "gelu")
+    expect(f"{name}.layer_norm_eps", section.get("layer_norm_eps", EPS), EPS)
+    return section
+
+
 def _image_keys(folder: Path, side: int) -> dict[str, Any]:
     """Recipe keys of the preprocessing, which must be CLIP's: resize, center crop, normalize."""
     given = image_settings(folder, "CLIP", PREPROCESSING)
-    resized, *more = (
-        given["size"].values() if isinstance(given["size"], Mapping) else [given["size"]]
-    )
-    if more or type(resized) is not int or resized < side:
+    size = given["size"]
+    sides = list(size.values()) if isinstance(size, Mapping) else [size]
+    if len(sides) != 1 or type(sides[0]) is not int or sides[0] < side:
         raise UserError(
-            f"image preprocessing: size is {given['size']!r}; supported: a shortest_edge of {side} or more"
+            f"image preprocessing: size is {size!r}; supported: a shortest_edge of {side} or more"
         )
-    others = {"crop_size": (side, {"height": side, "width": side}), "resample": RESAMPLE.values()}
-    for key, expected in PREPROCESSING.items():
-        if key != "size" and not key.startswith("image_"):
-            expect(f"image preprocessing: {key}", given[key], *others.get(key, (expected,)))
-    return {**image_keys(side, given), "image.crop_pct": side / resized}
+    crops = [side, {"height": side, "width": side}]
+    allowed = {"size": [size], "crop_size": crops, "resample": RESAMPLE.values()}
+    expect_settings(given, PREPROCESSING, allowed)
+    return {**preprocessing_keys(side, given), "image.crop_pct": side / sides[0]}
 
 
 def _read_tokenizer(file: Path) -> Tokenizer:
@@ -194,11 +189,9 @@ def _read_tokenizer(file: Path) -> Tokenizer:
         raise UserError(
             f"{file.name} cannot be read: {one_line(error, 160)}. Put the model's own there"
         ) from error
-    vocabulary = theirs.get_vocab()
-    if 0 <= (merges := len(vocabulary) - layouts.NO_MERGES) <= layouts.CLIP_MERGES:
-        ours = Tokenizer(merges=merges)
-        if vocabulary == backend(ours).get_vocab() and encoded == [*map(ours.encode, CAPTIONS)]:
-            return ours
+    ours = clip_tokenizer(theirs.get_vocab())
+    if ours is not None and encoded == [ours.encode(caption) for caption in CAPTIONS]:
+        return ours
     raise UserError(f"{file.name} is not CLIP's tokenizer, or one with its first merges")
 
 
@@ -212,7 +205,8 @@ class Huggingface(Format):
         if model.has_text and isinstance(model.text_tower, SiglipTextTower):
             siglip.refuse(model)
             return
-        text, keys = clip_text_tower(model), layouts.clip_keys(model.image_tower)
+        text = clip_text_tower(model)
+        keys = layouts.clip_keys(model.image_tower)
         if keys is None or "num_heads" not in keys["image.model_kwargs"]:
             kind = type(model.image_tower.trunk).__name__
             raise Refusal(
@@ -230,21 +224,17 @@ class Huggingface(Format):
         model = traced.model
         if isinstance(model.text_tower, SiglipTextTower):
             tensors = siglip.tensors_of(model)
-            config, preprocessor = (
-                siglip.config_of(model, model.text_tower),
-                siglip.preprocessor_of(model),
-            )
+            config = siglip.config_of(model, model.text_tower)
+            preprocessor = siglip.preprocessor_of(model)
         else:
             tensors = layouts.TRANSFORMERS.write(model.state_dict())
-            config, preprocessor = _config(model), _preprocessor(model)
+            config = _config(model)
+            preprocessor = _preprocessor(model)
         write_json(folder / CONFIG, config)
         write_json(folder / PREPROCESSOR, preprocessor)
         write_tokenizer(model.tokenizer, folder)
-        save_tensors(
-            {name: tensor.float() for name, tensor in tensors.items()},
-            folder / FILE,
-            {"format": "pt"},
-        )
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        save_tensors(tensors, folder / FILE, {"format": "pt"})
 
     def read_back(self, folder: Path) -> ReadBack:
         """Load an exported folder with transformers."""
@@ -252,14 +242,19 @@ class Huggingface(Format):
 
         with quiet_transformers(f"transformers cannot read '{folder}'"):
             model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
-        of_image = of_text = nn.Identity()  # SigLIP's towers end with their projections
-        if model.config.model_type != siglip.MODEL_TYPE:
-            of_image, of_text = model.visual_projection, model.text_projection
-        return ReadBack(
-            f"transformers {transformers.__version__}",
-            lambda pixels: of_image(model.vision_model(pixel_values=pixels).pooler_output),
-            lambda tokens: of_text(model.text_model(input_ids=tokens).pooler_output),
-        )
+        if model.config.model_type == siglip.MODEL_TYPE:
+            of_image = of_text = nn.Identity()  # its towers end with their projections
+        else:
+            of_image = model.visual_projection
+            of_text = model.text_projection
+
+        def encode_image(pixels: Tensor) -> Tensor:
+            return of_image(model.vision_model(pixel_values=pixels).pooler_output)
+
+        def encode_text(tokens: Tensor) -> Tensor:
+            return of_text(model.text_model(input_ids=tokens).pooler_output)
+
+        return ReadBack(f"transformers {transformers.__version__}", encode_image, encode_text)
 
 
 def _preprocessor(model: DualEncoder) -> dict[str, Any]:
@@ -272,15 +267,20 @@ def _preprocessor(model: DualEncoder) -> dict[str, Any]:
 def _config(model: DualEncoder) -> dict[str, Any]:
     keys = layouts.clip_keys(model.image_tower)
     assert keys is not None  # checked in `holds`
-    recipe, tokenizer, vit = model.recipe, model.tokenizer, keys["image.model_kwargs"]
+    recipe = model.recipe
+    tokenizer = model.tokenizer
+    vit = keys["image.model_kwargs"]
     sizes = {
         "width": vit["embed_dim"], "layers": vit["depth"], "heads": vit["num_heads"], "patch": vit["patch_size"],
         "hidden": int(vit["embed_dim"] * vit["mlp_ratio"]), "activation": layouts.activation_of(keys),
     }  # fmt: skip
     common = {"projection_dim": recipe.embed_dim, "layer_norm_eps": EPS}
     return {
-        **{"architectures": ["CLIPModel"], "model_type": "clip", "torch_dtype": "float32"},
-        **{"projection_dim": recipe.embed_dim, "logit_scale_init_value": model.logit_scale.item()},
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "torch_dtype": "float32",
+        "projection_dim": recipe.embed_dim,
+        "logit_scale_init_value": model.logit_scale.item(),
         "text_config": {
             "model_type": "clip_text_model",
             "vocab_size": tokenizer.vocabulary - 1,

@@ -1,24 +1,14 @@
-"""Other libraries' names and shapes of tensors, one table per library for both directions, and their tokenizers."""
+"""Other libraries' names and shapes of tensors, one table per library for both directions."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from declip.data.text.tokenizer import (
-    CaptionTokenizer,
-    HuggingfaceTokenizer,
-    Tokenizer,
-    WrappedTokenizer,
-)
 from declip.errors import UserError
 from declip.interchange.format import Refusal
 from declip.interchange.weights import Weights, empty, first_difference
@@ -100,13 +90,16 @@ class TensorLayout:
             if name == EMBEDDING and not self.mask:
                 parts.append(parts[0].mean(dim=0, keepdim=True))
             tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-            transposed = self.shapes.get(name) is torch.t
-            ours[name] = tensor.T if transposed else tensor.reshape(expected.shape)
+            is_transposed = self.shapes.get(name) is torch.t
+            ours[name] = tensor.T if is_transposed else tensor.reshape(expected.shape)
         return ours
 
     def _theirs(self, name: str) -> list[str]:
+        """Names of a tensor, or of its parts for q, k and v."""
         renamed = rename(name, self.names)
-        return [renamed.replace("?", part) for part in "qkv"] if "?" in renamed else [renamed]
+        if "?" in renamed:
+            return [renamed.replace("?", part) for part in "qkv"]
+        return [renamed]
 
 
 def rename(name: str, table: Names, back: bool = False) -> str:
@@ -148,9 +141,34 @@ BLOCK = (
 )
 """Names within a transformer block of timm, CLIP and transformers."""
 
+RESNET_BLOCK = (
+    ("shortcut.conv.conv", "downsample.0"),
+    ("shortcut.conv.bn", "downsample.1"),
+    ("conv1_1x1.conv", "conv1"),
+    ("conv1_1x1.bn", "bn1"),
+    ("conv2_kxk.conv", "conv2"),
+    ("conv2_kxk.bn", "bn2"),
+    ("conv3_1x1.conv", "conv3"),
+    ("conv3_1x1.bn", "bn3"),
+)
+"""Names within a bottleneck of timm and CLIP."""
+
 
 def _blocks(ours: str, theirs: str, our_column: int, column: int) -> Names:
+    """Names in the blocks of two libraries, by their columns in `BLOCK`."""
     return tuple((f"{ours}.#.{row[our_column]}", f"{theirs}.#.{row[column]}") for row in BLOCK)
+
+
+def _resnet_blocks() -> Names:
+    """Names in the stem and the stages of a ResNet of timm and of CLIP."""
+    names = []
+    for number in "123":
+        for part in ("conv", "bn"):
+            names.append((f"stem.conv{number}.{part}.", f"visual.{part}{number}."))
+    for stage in range(4):
+        for ours, theirs in RESNET_BLOCK:
+            names.append((f"stages.{stage}.#.{ours}.", f"visual.layer{stage + 1}.#.{theirs}."))
+    return tuple((f"image_tower.trunk.{ours}", theirs) for ours, theirs in names)
 
 
 _VIT_SHAPES: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -174,19 +192,9 @@ CLIP_RESNET = TensorLayout(
         ("image_tower.proj.", "visual.attnpool.c_proj."),
         ("image_tower.trunk.head.pos_embed", "visual.attnpool.positional_embedding"),
         *((f"image_tower.trunk.head.{part}.", f"visual.attnpool.{part}_proj.") for part in "qkv"),
-        *((f"image_tower.trunk.stem.conv{i}.{part}.", f"visual.{part}{i}.") for i in "123" for part in ("conv", "bn")),
-        *(
-            (f"image_tower.trunk.stages.{stage}.#.{ours}.", f"visual.layer{stage + 1}.#.{theirs}.")
-            for stage in range(4)
-            for ours, theirs in (
-                ("shortcut.conv.conv", "downsample.0"), ("shortcut.conv.bn", "downsample.1"),
-                ("conv1_1x1.conv", "conv1"), ("conv1_1x1.bn", "bn1"),
-                ("conv2_kxk.conv", "conv2"), ("conv2_kxk.bn", "bn2"),
-                ("conv3_1x1.conv", "conv3"), ("conv3_1x1.bn", "bn3"),
-            )
-        ),
+        *_resnet_blocks(),
     )
-)  # fmt: skip
+)
 TIMM = TensorLayout(
     (
         ("image_tower.proj.", "visual.head.proj."),
@@ -243,8 +251,9 @@ def vit_keys(
     width: int, layers: int, heads: int, patch: int, hidden: int, activation: str
 ) -> dict[str, Any]:
     """Recipe keys of CLIP's vision transformer; `hidden` is the width of the MLP in a block."""
-    # timm rounds down
-    ratio = hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+    ratio = hidden / width
+    if int(width * ratio) != hidden:  # timm rounds down
+        ratio = (hidden + 0.5) / width
     quick = "quickgelu_" if activation == "quick_gelu" else ""
     options = {
         "patch_size": patch,
@@ -261,26 +270,23 @@ def activation_of(keys: Mapping[str, Any]) -> str:
     return "quick_gelu" if "quickgelu" in keys["image.model"] else "gelu"
 
 
+ANOTHER_ARCHITECTURE = (
+    *(UserError, AttributeError, LookupError),
+    *(TypeError, ValueError, ArithmeticError),
+)
+"""What asking a tower for the parts of CLIP's raises if it has others."""
+
+
 def clip_keys(tower: ImageTower) -> dict[str, Any] | None:
     """Recipe keys that build the same tower, if it is a ViT or ResNet of CLIP; otherwise None."""
     try:
         keys = _keys_by_shapes(tower)
-        sizes = (
-            keys["image.model"],
-            keys["image.size"],
-            keys["embed_dim"],
-            keys["image.model_kwargs"],
-        )
+        name = keys["image.model"]
+        size = keys["image.size"]
+        options = keys["image.model_kwargs"]
         with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet("declip"):
-            twin = ImageTower(*sizes)
-    except (
-        UserError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-    ):  # another architecture
+            twin = ImageTower(name, size, keys["embed_dim"], options)
+    except ANOTHER_ARCHITECTURE:
         return None
     same_modules = _modules(twin) == _modules(tower)
     same_tensors = not first_difference(twin.state_dict(), tower.state_dict())
@@ -307,7 +313,8 @@ def _modules(tower: ImageTower) -> list[str]:
 
 def merges_key(vocabulary: int) -> int | None:
     """`text.bpe_merges` for a vocabulary size without the mask; None for CLIP's complete vocabulary."""
-    return None if vocabulary == NO_MERGES + CLIP_MERGES else vocabulary - NO_MERGES
+    merges = vocabulary - NO_MERGES
+    return None if merges == CLIP_MERGES else merges
 
 
 def image_layout(state: Mapping[str, Any]) -> TensorLayout:
@@ -316,44 +323,59 @@ def image_layout(state: Mapping[str, Any]) -> TensorLayout:
 
 
 def image_keys(
-    state: Mapping[str, Tensor], heads: int = 0, activation: str = "quick_gelu"
+    state: Mapping[str, Tensor], heads: int | None = None, activation: str = "quick_gelu"
 ) -> dict[str, Any]:
     """Recipe keys of CLIP's image tower, by the shapes of its tensors.
 
     By default a ViT has one attention head per 64 channels, as CLIP's ResNets always have.
     """
-    if CLASS_TOKEN in state:
-        # (width, 3, patch, patch)
-        width, _, _, patch = state["visual.conv1.weight"].shape
-        depth = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
-        hidden = len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"])
-        keys = vit_keys(width, depth, heads or max(width // 64, 1), patch, hidden, activation)
-        size = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
-        return {**keys, "image.size": size, "embed_dim": state["visual.proj"].shape[1]}
+    if CLASS_TOKEN not in state:
+        return _resnet_keys(state)
+    # (width, 3, patch, patch)
+    width, _, _, patch = state["visual.conv1.weight"].shape
+    layers = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
+    hidden = len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"])
+    cells = len(state["visual.positional_embedding"]) - 1
+    return {
+        **vit_keys(width, layers, heads or _usual_heads(width), patch, hidden, activation),
+        "image.size": patch * math.isqrt(cells),
+        "embed_dim": state["visual.proj"].shape[1],
+    }
+
+
+def _usual_heads(width: int) -> int:
+    """Number of attention heads of CLIP's transformers."""
+    return max(width // 64, 1)
+
+
+def _resnet_keys(state: Mapping[str, Tensor]) -> dict[str, Any]:
     # (1 + cells, width)
-    cells, width = state[GRID].shape
+    positions, width = state[GRID].shape
     depths = [_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
     return {
         "image.model": "resnet50_clip",
         "image.model_kwargs": {"depths": depths, "width_factor": width / 2048},
-        "image.size": 32 * math.isqrt(cells - 1),
+        "image.size": 32 * math.isqrt(positions - 1),
         "image.freeze_patch_embed": False,
         "embed_dim": len(state["visual.attnpool.c_proj.weight"]),
     }
 
 
 def text_keys(
-    state: Mapping[str, Tensor], start: str, heads: int = 0, mask: bool = False
+    state: Mapping[str, Tensor], start: str, heads: int | None = None, masks: int = 0
 ) -> dict[str, Any]:
-    """Recipe keys of CLIP's text tower, by the shapes of the tensors whose names begin with `start`."""
+    """Recipe keys of CLIP's text tower, by the shapes of the tensors whose names begin with `start`.
+
+    `masks` is the number of <|mask|> ids in the vocabulary.
+    """
     # (vocabulary, width)
     vocabulary, width = state[f"{start}token_embedding.weight"].shape
     return {
         "text.width": width,
         "text.layers": _count(state, rf"{re.escape(start)}transformer\.resblocks\.(\d+)\."),
-        "text.heads": heads or max(width // 64, 1),
+        "text.heads": heads or _usual_heads(width),
         "text.context_length": len(state[f"{start}positional_embedding"]),
-        "text.bpe_merges": merges_key(vocabulary - mask),
+        "text.bpe_merges": merges_key(vocabulary - masks),
         "text.projection_bias": f"{start}text_projection.bias" in state,
     }
 
@@ -362,54 +384,6 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """Count distinct numbers that a pattern matches at the start of the names."""
     matches = [re.match(pattern, name) for name in state]
     return len({match[1] for match in matches if match})
-
-
-START, END = "<|startoftext|>", "<|endoftext|>"
-PIECE = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # CLIP's pattern, as in `declip.data.text.tokenizer`
-REPLACED = (
-    ("&amp;", "&"), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " "),
-    (Regex("[\u02bc\u2018-\u201b]"), "'"), (Regex("[\u201c-\u201f]"), '"'), (Regex(r"\s+"), " "),
-)  # fmt: skip
-"""Common replacements of open_clip's cleaning; others of ftfy (broken encodings, ligatures) cannot be represented."""
-
-
-def _cleaning(*more: Any) -> Any:
-    replaced = (normalizers.Replace(what, by) for what, by in REPLACED)
-    return normalizers.Sequence([normalizers.NFC(), *replaced, normalizers.Strip(), *more])
-
-
-def backend(tokenizer: CaptionTokenizer) -> Backend:
-    """Build an equal tokenizer of the `tokenizers` library: start, word ids, end, truncated to the context."""
-    tokenizer = getattr(tokenizer, "clip", None) or tokenizer
-    if not isinstance(tokenizer, Tokenizer):
-        written = Backend.from_str(tokenizer.library.to_str())
-        if isinstance(tokenizer, HuggingfaceTokenizer):
-            written.normalizer = _cleaning(*([written.normalizer] if written.normalizer else []))
-        written.enable_truncation(tokenizer.context)
-        return written
-    # CLIP's: its merges, cleaning and pattern as parts of the library
-    model = json.loads(tokenizer.library.to_str())["model"]
-    vocabulary = {**model["vocab"], START: tokenizer.start, END: tokenizer.end}
-    merges = [
-        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" "))
-        for merge in model["merges"]
-    ]
-    written = Backend(
-        models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END)
-    )
-    written.normalizer = _cleaning(normalizers.Lowercase())
-    pieces = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    written.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
-    written.post_processor = processors.TemplateProcessing(
-        single=f"{START} $A {END}", special_tokens=[(START, tokenizer.start), (END, tokenizer.end)]
-    )
-    written.decoder = decoders.ByteLevel()
-    written.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in (START, END)]
-    )
-    written.enable_truncation(tokenizer.context)
-    return written
 
 
 def preprocess_config(model: DualEncoder) -> dict[str, Any]:
@@ -426,43 +400,3 @@ def preprocess_config(model: DualEncoder) -> dict[str, Any]:
     if prepared.resize != prepared.size and not prepared.squash:
         config["resize"] = prepared.resize
     return config
-
-
-def write_tokenizer(tokenizer: CaptionTokenizer, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json."""
-    written = backend(tokenizer)
-    written.save(str(folder / "tokenizer.json"))
-    # Special tokens by the names that transformers uses
-    start, end, padding = tokenizer.start, tokenizer.end, tokenizer.padding
-    if isinstance(tokenizer, HuggingfaceTokenizer):
-        ids = {
-            "cls_token": start,
-            "sep_token": end,
-            "mask_token": tokenizer.mask,
-            "pad_token": padding,
-        }
-    elif isinstance(tokenizer, WrappedTokenizer):
-        zeroed = tokenizer.stored["zeroed"]
-        ids = {
-            "pad_token": padding,
-            **({"eos_token": end} if zeroed is None else {"sep_token": zeroed}),
-        }
-    else:
-        ids = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    special = {name: written.id_to_token(number) for name, number in ids.items()}
-    config = {
-        **special,
-        "tokenizer_class": "PreTrainedTokenizerFast",  # CLIP's class would use its own cleaning
-        "model_max_length": tokenizer.context,
-        # Towers of SigLIP attend to padding.
-        "model_input_names": [
-            "input_ids",
-            *([] if isinstance(tokenizer, WrappedTokenizer) else ["attention_mask"]),
-        ],
-        "padding_side": "right",
-        "split_special_tokens": True,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )

@@ -1,7 +1,6 @@
 """ONNX export: a folder per tower, with preprocessing or tokenizer, under the names that Immich reads."""
 
 import io
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 from declip.data.text.tokenizer import CaptionTokenizer, WrappedTokenizer
 from declip.errors import UserError
 from declip.interchange.format import Format, ReadBack, Refusal, Traced, render
-from declip.interchange.layouts import preprocess_config, write_tokenizer
+from declip.interchange.json_files import write_json
+from declip.interchange.layouts import preprocess_config
+from declip.interchange.tokenizer_files import write_tokenizer
 from declip.io.progress import quiet
 from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
@@ -65,9 +66,7 @@ class Onnx(Format):
         pixels = torch.zeros(ROWS, 3, size, size)
         tower = TowerFunction(model.image_tower, model.encode_image)
         _export(tower, pixels, {0: batch}, folder / VISUAL / MODEL, about["vision_cfg"])
-        (folder / VISUAL / "preprocess_cfg.json").write_text(
-            json.dumps(prepared, indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(folder / VISUAL / "preprocess_cfg.json", prepared)
         if model.has_text:
             # Text tower, with a tokenizer of the `tokenizers` library
             tokenizer = model.tokenizer
@@ -75,11 +74,11 @@ class Onnx(Format):
                 "context_length": tokenizer.context,
                 "input": "text",
                 "output": "text_embeds",
+                "start": tokenizer.start,
+                "end": tokenizer.end,
+                "padding": tokenizer.padding,
+                "tokenizer_kwargs": {"clean": cleaning(tokenizer)},
             }
-            about["text_cfg"] |= {
-                name: getattr(tokenizer, name) for name in ("start", "end", "padding")
-            }
-            about["text_cfg"]["tokenizer_kwargs"] = {"clean": cleaning(tokenizer)}
             (folder / TEXTUAL).mkdir()
             tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
             tokens[:, -1] = tokenizer.end
@@ -87,7 +86,7 @@ class Onnx(Format):
             tower = TowerFunction(model.text_tower, lambda tokens: model.encode_text(tokens.long()))
             _export(tower, tokens, sizes, folder / TEXTUAL / MODEL, about["text_cfg"])
             write_tokenizer(tokenizer, folder / TEXTUAL)
-        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / ABOUT, about)
 
     def read_back(self, folder: Path) -> ReadBack:
         """Load the files with onnxruntime."""
@@ -99,11 +98,12 @@ class Onnx(Format):
             )
             return lambda batch: torch.from_numpy(opened.run(None, {given: batch.numpy()})[0])
 
-        text = session(TEXTUAL, "text") if (folder / TEXTUAL).is_dir() else None
         version = f"onnxruntime {onnxruntime.__version__}"
-        return ReadBack(
-            version, session(VISUAL, "image"), text and (lambda tokens: text(tokens.int()))
-        )
+        encode_image = session(VISUAL, "image")
+        if not (folder / TEXTUAL).is_dir():
+            return ReadBack(version, encode_image, None)
+        encode_ids = session(TEXTUAL, "text")
+        return ReadBack(version, encode_image, lambda tokens: encode_ids(tokens.int()))
 
     def card(self, model: DualEncoder, repo: str | None) -> str:
         """Usage by onnxruntime and tokenizers."""
@@ -116,7 +116,8 @@ class TowerFunction(nn.Module):
 
     def __init__(self, tower: nn.Module, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.tower, self.forward = tower, function
+        self.tower = tower
+        self.forward = function
         self.eval()
 
 
@@ -130,13 +131,7 @@ def cleaning(tokenizer: CaptionTokenizer) -> str:
 def _export(
     module: nn.Module, example: Tensor, sizes: dict[int, Any], path: Path, about: dict[str, Any]
 ) -> None:
-    options: dict[str, Any] = {f"{kind}_names": [about[kind]] for kind in ("input", "output")}
-    options |= {
-        "dynamo": True,
-        "dynamic_shapes": (sizes,),
-        "opset_version": OPSET,
-        "verbose": False,
-    }
+    """Write a tower of one input and one output with the dynamic sizes of its input."""
     try:
         # The exporter warns and prints.
         with (
@@ -145,7 +140,16 @@ def _export(
             quiet("torch.onnx"),
             redirect_stdout(io.StringIO()),
         ):
-            program = torch.onnx.export(module, (example,), **options)
+            program = torch.onnx.export(
+                module,
+                (example,),
+                input_names=[about["input"]],
+                output_names=[about["output"]],
+                dynamic_shapes=(sizes,),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
             assert program is not None
             program.save(path)
     except ImportError as error:
@@ -164,12 +168,11 @@ def _export(
 @contextmanager
 def _without_tensor_checks() -> Iterator[None]:
     """Leave out transformers' checks of tensors, for which ONNX has no operator."""
-    before = os.environ.get(TENSOR_CHECKS)
+    before = os.environ.pop(TENSOR_CHECKS, None)
     os.environ[TENSOR_CHECKS] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[TENSOR_CHECKS]
-        else:
+        del os.environ[TENSOR_CHECKS]
+        if before is not None:
             os.environ[TENSOR_CHECKS] = before

@@ -3,20 +3,20 @@
 The latter are SigLIP, MobileCLIP 2, EVA, PE-Core and the towers of CoCa.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
+from torch import Tensor
 
 from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError, check_installed, unknown
+from declip.interchange.json_files import read_json
 from declip.interchange.weights import (
     Weights,
     check_file,
@@ -28,21 +28,23 @@ from declip.interchange.weights import (
 from declip.io.hub import fetch, online
 from declip.io.progress import quiet
 from declip.models.layers import IMAGE, TEXT
+from declip.models.tensor_names import add_prefix, named_below, only
 from declip.models.wrapped import WrappedOpenClip, plain
 from declip.recipe.load import load_recipe
 
 log = logging.getLogger("declip")
 
-PREFIX, FOLDER = "open_clip:", "local-dir:"
+PREFIX = "open_clip:"  # of names in declip
+FOLDER = "local-dir:"  # of folders in open_clip
 CONFIG = "open_clip_config.json"
 ENCODER = "config.json"  # of a text encoder of transformers
+CACHED = "models--"  # prefix of a repository's folder in the Hub's cache
 HERE = "."  # "hf_model_name" of a text encoder whose config.json is in the same folder
-IN_FOLDER = (
-    "*.safetensors",
-    "*.bin",
-    "*.pth",
-)  # patterns of weights that open_clip reads in a folder
-PREFIXES = ("visual.", "text.")  # prefixes of tensors of open_clip's image and text tower
+IN_FOLDER = ("*.safetensors", "*.bin", "*.pth")
+"""Patterns of weights that open_clip reads in a folder."""
+
+VISUAL, TEXTUAL = "visual.", "text."
+"""Prefixes of tensors of open_clip's image and text tower."""
 
 
 class OpenClipModel(NamedTuple):
@@ -55,6 +57,14 @@ class OpenClipModel(NamedTuple):
     config: Mapping[str, Any]
     # Shorter side before the crop, in an export of declip where it is not the image size
     resize: int | None = None
+
+
+class Chosen(NamedTuple):
+    """Weights for a model of open_clip."""
+
+    name: str  # of the model in open_clip
+    files: list[Path]
+    options: dict[str, Any]  # of `open_clip.create_model`
 
 
 def matches(where: str) -> bool:
@@ -73,20 +83,20 @@ def load_open_clip(given: str) -> OpenClipModel:
     import open_clip
 
     with quiet("huggingface_hub"), torch.random.fork_rng(devices=[]):
-        name, files, options = _resolve(open_clip, given)
+        name, files, options = _resolve(given)
         try:
             # Check files and configuration, then build and load.
             config = open_clip.get_model_config(name)
-            counts = [check_file(file) for file in files]
+            tensors = sum(check_file(file) for file in files)
             resize = None
             if name.startswith(FOLDER):
-                options |= _check_config(open_clip, name, config, sum(counts), files)
-                stored = json.loads(files[0].with_name(CONFIG).read_text(encoding="utf-8"))
+                options |= _check_config(name, config, tensors, files)
+                stored = read_json(files[0].with_name(CONFIG))
                 resize = stored.get("preprocess_cfg", {}).get("resize")
-            tokenizer = _tokenizer(open_clip, given, name, config.get("text_cfg", {}))
+            tokenizer = _tokenizer(given, name, config.get("text_cfg", {}))
             model: Any = open_clip.create_model(name, weights_only=True, **options)
             if not name.startswith(FOLDER):
-                _check_positions(open_clip, model, files[0])
+                _check_positions(model, files[0])
             prepared = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
         except UserError:
             raise
@@ -96,7 +106,8 @@ def load_open_clip(given: str) -> OpenClipModel:
             raise UserError(
                 f"Cannot load '{given}': {reason(error)} Give weights of that model."
             ) from error
-    config = config | ({"quick_gelu": True} if options.get("force_quick_gelu") else {})
+    if options.get("force_quick_gelu"):
+        config = {**config, "quick_gelu": True}
     return OpenClipModel(name, model.eval(), prepared, tokenizer, config, resize)
 
 
@@ -111,19 +122,21 @@ def encoder_from(folder: Path, text: Mapping[str, Any]) -> dict[str, Any]:
     if "hf_model_name" not in text or not file.is_file():
         return {}
     # Of another model
-    if json.loads(file.read_text(encoding="utf-8")).get("model_type") not in arch_dict:
+    if read_json(file).get("model_type") not in arch_dict:
         return {}
     return {"text_cfg": {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}}
 
 
 def _check_config(
-    open_clip: ModuleType, name: str, config: Mapping[str, Any], tensors: int, files: list[Path]
+    name: str, config: Mapping[str, Any], tensors: int, files: list[Path]
 ) -> dict[str, Any]:
     """Compare the configuration of a folder with its weights before memory is allocated; see `encoder_from`."""
-    folder, text = files[0].parent, config.get("text_cfg", {})
+    import open_clip
+
+    folder = files[0].parent
+    text = config.get("text_cfg", {})
     sections = [section for key, section in config.items() if key.endswith("_cfg")]
-    if (folder / ENCODER).is_file():
-        sections.append(json.loads((folder / ENCODER).read_text(encoding="utf-8")))
+    sections.append(read_json(folder / ENCODER))
     check_layers(sections, tensors, CONFIG)
     encoder = encoder_from(folder, text)
     if text.get("hf_model_name") and not encoder:
@@ -136,17 +149,19 @@ def _check_config(
     return encoder
 
 
-def _tokenizer(open_clip: ModuleType, given: str, name: str, text: Mapping[str, Any]) -> Any:
+def _tokenizer(given: str, name: str, text: Mapping[str, Any]) -> Any:
+    import open_clip
+
     # Options of a tokenizer go to transformers, which runs Python code of a folder if this one says so.
     if (text.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
         raise UserError(
             f"'{given}' asks to run its own code (trust_remote_code), which is refused."
         )
-    fetched = "hf_tokenizer_name" in text and not name.startswith(FOLDER)
+    options = {}
+    if "hf_tokenizer_name" in text and not name.startswith(FOLDER) and not online():
+        options["local_files_only"] = True
     try:
-        return open_clip.get_tokenizer(
-            name, **({"local_files_only": True} if fetched and not online() else {})
-        )
+        return open_clip.get_tokenizer(name, **options)
     except (OSError, ValueError) as error:  # transformers tries several ways, and names the last
         if "hf_tokenizer_name" not in text:
             raise
@@ -155,128 +170,157 @@ def _tokenizer(open_clip: ModuleType, given: str, name: str, text: Mapping[str, 
         ) from error
 
 
-def _resolve(open_clip: ModuleType, given: str) -> tuple[str, list[Path], dict[str, Any]]:
-    """Name of a model in open_clip, its files of weights, and options for creating it."""
+def _resolve(given: str) -> Chosen:
+    """The weights of a folder, of a published tag or in a file."""
+    import open_clip
+
     spec = given.removeprefix(PREFIX)
-    # A folder
     if spec == given or spec.startswith(FOLDER):
-        folder = Path(spec.removeprefix(FOLDER)).expanduser()
-        files = [file for pattern in IN_FOLDER for file in folder.glob(pattern)]
-        if not (folder / CONFIG).is_file() or not files:
-            raise UserError(
-                f"'{folder}' is not a folder with {CONFIG} and weights ({', '.join(IN_FOLDER)})."
-            )
-        return f"{FOLDER}{folder}", files, {"require_pretrained": True}
+        return _in_folder(Path(spec.removeprefix(FOLDER)).expanduser())
     name, _, weights = spec.partition("/")
     if name not in open_clip.list_models():
         raise unknown("open_clip model", name, open_clip.list_models())
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    # A published tag
     if open_clip.is_pretrained_cfg(name, weights):
-        tag = open_clip.get_pretrained_cfg(name, weights)
-        file = Path(
-            fetch(
-                given,
-                partial(_published_file, open_clip, tag),
-                f"{PREFIX}MODEL/FILE or as a folder",
-            )
-        )
-        options = {"force_preprocess_cfg": tag, "force_quick_gelu": bool(tag.get("quick_gelu"))}
-        return name, [file], {"pretrained": str(file), **options}
-    # A file of weights, which does not contain its preprocessing
+        return _published(given, name, weights)
     file = Path(weights).expanduser()
+    tags = open_clip.list_pretrained_tags_by_model(name)
     if not file.is_file():
         raise UserError(
             f"'{given}' does not say which weights: there is no tag or file '{weights}'. Write {PREFIX}{name}/TAG, "
             f"which downloads, or {PREFIX}{name}/FILE. Tags: {', '.join(tags) or 'none'}."
         )
+    # A file does not contain its preprocessing
     transform: Any = open_clip.transform
     usual = asdict(transform.PreprocessCfg())
-    published = [
-        transform.merge_preprocess_dict(usual, open_clip.get_pretrained_cfg(name, tag))
-        for tag in tags
-    ]
+    published = []
+    for tag in tags:
+        config = open_clip.get_pretrained_cfg(name, tag)
+        published.append(transform.merge_preprocess_dict(usual, config))
     if published and usual not in published:
         log.warning(
             "'%s' is used with CLIP's preprocessing, unlike the published weights of %s.",
             file,
             name,
         )
-    return name, [file], {"pretrained": str(file)}
+    return Chosen(name, [file], {"pretrained": str(file)})
 
 
-def _published_file(open_clip: ModuleType, tag: Mapping[str, Any], offline: bool) -> str:
+def _in_folder(folder: Path) -> Chosen:
+    files = [file for pattern in IN_FOLDER for file in folder.glob(pattern)]
+    if not (folder / CONFIG).is_file() or not files:
+        raise UserError(
+            f"'{folder}' is not a folder with {CONFIG} and weights ({', '.join(IN_FOLDER)})."
+        )
+    return Chosen(f"{FOLDER}{folder}", files, {"require_pretrained": True})
+
+
+def _published(given: str, name: str, tag: str) -> Chosen:
     """The weights of a published tag, downloaded or cached."""
+    import open_clip
+
+    config = open_clip.get_pretrained_cfg(name, tag)
+    get = partial(_published_file, config)
+    file = fetch(given, get, f"{PREFIX}MODEL/FILE or as a folder")
+    options = {
+        "pretrained": file,
+        "force_preprocess_cfg": config,
+        "force_quick_gelu": bool(config.get("quick_gelu")),
+    }
+    return Chosen(name, [Path(file)], options)
+
+
+def _published_file(tag: Mapping[str, Any], offline: bool) -> str:
+    """Download the weights of a tag, or return those in the cache."""
+    import open_clip
+
     if not offline or tag.get("file"):
         return open_clip.download_pretrained(tag)
     repo, _, file = tag["hf_hub"].rpartition("/")
     files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    cached = (huggingface_hub.try_to_load_from_cache(repo, file) for file in files)
+    cached = [huggingface_hub.try_to_load_from_cache(repo, file) for file in files]
     return next(path for path in cached if isinstance(path, str))
 
 
-def _check_positions(open_clip: ModuleType, model: torch.nn.Module, file: Path) -> None:
+def _check_positions(model: torch.nn.Module, file: Path) -> None:
     """Refuse position embeddings of another size, which open_clip resamples silently."""
-    held = open_clip.factory.load_state_dict(str(file), weights_only=True)
+    import open_clip
+
+    stored = open_clip.factory.load_state_dict(str(file), weights_only=True)
     for name, tensor in model.state_dict().items():
-        if (
-            name.endswith(("positional_embedding", "pos_embed"))
-            and held.get(name, tensor).shape != tensor.shape
-        ):
-            raise ValueError(
-                f"{name!r} has shape {tuple(held[name].shape)} instead of {tuple(tensor.shape)}"
-            )
+        if not name.endswith(("positional_embedding", "pos_embed")):
+            continue
+        given = tuple(stored.get(name, tensor).shape)
+        expected = tuple(tensor.shape)
+        if given != expected:
+            raise ValueError(f"{name!r} has shape {given} instead of {expected}")
 
 
 def wrap_open_clip(opened: OpenClipModel, origin: str) -> Weights:
     """Wrap the towers of any model of open_clip, with its tokenizer and preprocessing."""
     from open_clip.model import convert_to_custom_text_state_dict
 
-    prepared = opened.preprocess
-    config = {k: v for k, v in opened.config.items() if k != "multimodal_cfg"}
+    size = _side(opened.preprocess)
+    config = dict(opened.config)
+    config.pop("multimodal_cfg", None)
+    text_config = config["text_cfg"]
+    encoder = None
+    if text_config.get("hf_model_name"):
+        encoder = plain(opened.model.text.config.to_dict())
+    stored = WrappedOpenClip(
+        config,
+        {"squash": opened.preprocess.resize_mode == "squash"},
+        _tokenizer_arguments(opened.tokenizer, text_config),
+        encoder,
+    )
+    state = convert_to_custom_text_state_dict(opened.model.state_dict())
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        image, text = stored.build(size)
+    # Assign the tensors to the modules, which name them as in declip
+    image.load_state_dict(named_below(VISUAL, state), assign=True)
+    text.load_state_dict(named_below(TEXTUAL, state), assign=True)
+    tokenizer = WrappedTokenizer(**stored.tokenizer)
+    image_tower, text_tower = stored.towers((image, text), tokenizer)
+    tensors = add_prefix(IMAGE, image_tower.state_dict()) | add_prefix(
+        TEXT, text_tower.state_dict()
+    )
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    tensors |= scalars(state)
+    name = PREFIX + short_name(opened.name)
+    keys = {
+        "name": "from-open-clip",
+        "embed_dim": config["embed_dim"],
+        "image.model": name,
+        **preprocessing_keys(opened, size),
+        "text.hf_model": name,
+        "text.pretrained": False,
+        "text.context_length": tokenizer.context,
+        **bias_key(tensors),
+    }
+    return Weights(load_recipe("few-clip", keys), tensors, origin)
+
+
+def _side(prepared: Any) -> int:
+    """Side of the square that images are resized or cropped to."""
     sides = {prepared.size} if isinstance(prepared.size, int) else set(prepared.size)
     if prepared.resize_mode not in ("shortest", "squash") or len(sides) > 1:
         raise UserError(
             f"its images are resized {prepared.resize_mode} to {prepared.size}, not to a square"
         )
-    size, text = sides.pop(), config["text_cfg"]
-    stored = WrappedOpenClip(
-        config,
-        {"squash": prepared.resize_mode == "squash"},
-        _tokenizer_arguments(opened.tokenizer, text),
-        plain(opened.model.text.config.to_dict()) if text.get("hf_model_name") else None,
-    )
-    state = convert_to_custom_text_state_dict(opened.model.state_dict())
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        modules = stored.build(size)
-    # Assign the tensors to the modules, which name them as in declip
-    for prefix, module in zip(PREFIXES, modules, strict=True):
-        own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-        module.load_state_dict(own, assign=True)
-    tokenizer = WrappedTokenizer(**stored.tokenizer)
-    towers = stored.towers(modules, tokenizer)
-    tensors = {
-        f"{start}{n}": t.detach()
-        for start, tower in zip((IMAGE, TEXT), towers, strict=True)
-        for n, t in tower.state_dict().items()
-    }
-    tensors |= {n: state[n].squeeze() for n in ("logit_scale", "logit_bias") if n in state}
-    name = PREFIX + short_name(opened.name)
-    keys = {
-        **{
-            "name": "from-open-clip",
-            "embed_dim": config["embed_dim"],
-            "image.model": name,
-            "text.hf_model": name,
-        },
-        **image_keys(opened, size),
-        **{"text.pretrained": False, "text.context_length": tokenizer.context},
-        "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
-    }
-    return Weights(load_recipe("few-clip", keys), tensors, origin)
+    return sides.pop()
 
 
-def image_keys(opened: OpenClipModel, size: int) -> dict[str, Any]:
+def scalars(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Logit scale and bias, which some models of open_clip hold as tensors of one dimension."""
+    return {name: tensor.squeeze() for name, tensor in only("logit_", state).items()}
+
+
+def bias_key(tensors: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """The recipe key of the logit bias, which is None in a model without one."""
+    bias = tensors.get("logit_bias")
+    return {"logit_bias": None if bias is None else float(bias)}
+
+
+def preprocessing_keys(opened: OpenClipModel, size: int) -> dict[str, Any]:
     """Recipe keys of open_clip's preprocessing; "random" interpolation is bicubic in evaluation."""
     prepared = opened.preprocess
     if opened.resize is not None and (type(opened.resize) is not int or opened.resize < size):
@@ -295,9 +339,10 @@ def image_keys(opened: OpenClipModel, size: int) -> dict[str, Any]:
 def short_name(name: str) -> str:
     """The name of a model, a folder or, in the Hub's cache, a repository."""
     parts = Path(name.removeprefix(FOLDER)).parts
-    return next(
-        (part.removeprefix("models--") for part in parts if part.startswith("models--")), parts[-1]
-    )
+    for part in parts:
+        if part.startswith(CACHED):
+            return part.removeprefix(CACHED)
+    return parts[-1]
 
 
 def _tokenizer_arguments(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,12 +360,11 @@ def _tokenizer_arguments(tokenizer: Any, text: Mapping[str, Any]) -> dict[str, A
         raise UserError(
             f"its tokenizer pads on the {library.padding_side}, with the mode '{tokenizer.tokenizer_mode}'"
         )
+    cleaning = "canonicalize" if isinstance(tokenizer, SigLipTokenizer) else "whitespace"
     return {
         "definition": library.backend_tokenizer.to_str(),
         "context": tokenizer.context_length,
-        "clean": options.get(
-            "clean", "canonicalize" if isinstance(tokenizer, SigLipTokenizer) else "whitespace"
-        ),
+        "clean": options.get("clean", cleaning),
         "padding": library.pad_token_id,
         "zeroed": library.sep_token_id if getattr(tokenizer, "strip_sep_token", False) else None,
     }

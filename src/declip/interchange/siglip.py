@@ -22,9 +22,10 @@ from declip.interchange.transformers_files import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     expect,
-    image_keys,
+    expect_settings,
     image_processor,
     image_settings,
+    preprocessing_keys,
 )
 from declip.interchange.weights import Uninitialized, Weights, check_layers, empty
 from declip.models.dual_encoder import DualEncoder
@@ -104,11 +105,9 @@ def _image_keys(folder: Path, side: Any) -> dict[str, Any]:
         raise UserError(f"{IMAGE_SECTION}.image_size is {side!r}; supported: an integer")
     given = image_settings(folder, "Siglip", PREPROCESSING)
     allowed = {"size": ({"height": side, "width": side},), "resample": RESAMPLE.values()}
-    for key, default in PREPROCESSING.items():
-        if not key.startswith("image_"):
-            expect(f"image preprocessing: {key}", given[key], *allowed.get(key, (default,)))
+    expect_settings(given, PREPROCESSING, allowed)
     expect("image preprocessing: do_center_crop", given.get("do_center_crop"), None, False)
-    return image_keys(side, given)
+    return preprocessing_keys(side, given)
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
@@ -188,7 +187,9 @@ def config_of(model: DualEncoder, tower: SiglipTextTower) -> dict[str, Any]:
     ids = {"pad_token_id": tokenizer.padding, "eos_token_id": tokenizer.end, "bos_token_id": None}
     image = {**own[IMAGE_SECTION], "image_size": model.preprocessor.size}
     return {
-        **{"architectures": ["SiglipModel"], "model_type": MODEL_TYPE, "torch_dtype": "float32"},
+        "architectures": ["SiglipModel"],
+        "model_type": MODEL_TYPE,
+        "torch_dtype": "float32",
         TEXT_SECTION: {"model_type": "siglip_text_model", **own[TEXT_SECTION], **ids},
         IMAGE_SECTION: {"model_type": "siglip_vision_model", **image},
     }

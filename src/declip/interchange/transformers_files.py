@@ -1,7 +1,7 @@
 """Files of a folder of transformers: configuration, image processor."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,15 @@ def image_settings(folder: Path, kind: str, defaults: Mapping[str, Any]) -> dict
     return {**defaults, **given}
 
 
+def expect_settings(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], allowed: Mapping[str, Iterable[Any]]
+) -> None:
+    """Refuse settings of an image processor that are neither allowed nor defaults, except of its normalization."""
+    for key, default in defaults.items():
+        if not key.startswith("image_"):
+            expect(f"image preprocessing: {key}", given[key], *allowed.get(key, [default]))
+
+
 def image_processor(
     kind: str, settings: Mapping[str, Any], image: ImageTowerConfig
 ) -> dict[str, Any]:
@@ -57,7 +66,7 @@ def image_processor(
     }
 
 
-def image_keys(side: int, given: Mapping[str, Any]) -> dict[str, Any]:
+def preprocessing_keys(side: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe keys of an image processor's normalization and interpolation, and of the image size."""
     names = {number: name for name, number in RESAMPLE.items()}
     return {

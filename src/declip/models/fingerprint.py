@@ -39,7 +39,7 @@ def fingerprint(model: Encoder, tensors: Mapping[str, Tensor] | None = None) -> 
             state = {}
     values = {name: value for name, value in sorted(state.items()) if isinstance(value, Tensor)}
     if tensors is not None:  # as models compute
-        values = {name: _in_float32(value) for name, value in values.items()}
+        values = {name: in_float32(value) for name, value in values.items()}
     hash_tensors(digest, values)
     # Preprocessing and tokenizer
     noise = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
@@ -58,7 +58,8 @@ def _holds(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(state[name].cpu(), tensor) for name, tensor in tensors.items())
 
 
-def _in_float32(tensor: Tensor) -> Tensor:
+def in_float32(tensor: Tensor) -> Tensor:
+    """Convert floating point to float32; integers stay."""
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
