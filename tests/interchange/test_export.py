@@ -276,7 +276,7 @@ def test_wrong_words_and_folders_in_use(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="/dev/full")
 def test_a_full_disk_and_a_place_that_cannot_be_written_are_one_line(tmp_path, monkeypatch):
     class Full(DeclipFile):
-        def write(self, traced, folder, repo):
+        def write(self, record, folder, repo):
             (folder / "weights").symlink_to("/dev/full")
             (folder / "weights").write_text("x" * 100_000)
 

@@ -5,7 +5,7 @@ import pytest
 import declip
 from conftest import in_processes, refuses
 from declip.evaluation.results import RecallAtK, RetrievalResult, ZeroShotResult
-from declip.interchange.export import trace
+from declip.interchange.export import with_provenance
 from declip.recipe.load import load_recipe
 from declip.recipe.schema import Evaluation
 from declip.reports.run import measures_table
@@ -55,7 +55,7 @@ def test_a_run_ends_with_its_best_weights_also_when_it_was_killed(table, tmp_pat
     # A test set, of which only the end is known
     held = {**run.evaluations[-1], "dataset": "held.csv"}
     append_row(whole / "evaluations.jsonl", held)
-    results = [each for each in trace(whole).results if isinstance(each, RetrievalResult)]
+    results = [each for each in with_provenance(whole).results if isinstance(each, RetrievalResult)]
     losses = {result.dataset: result.loss for result in results}
     assert losses.keys() == {str(table), "held.csv"}
     assert losses[str(table)] == pytest.approx(rows[best]["loss"], rel=1e-6)

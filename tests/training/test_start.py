@@ -14,7 +14,7 @@ import declip
 from conftest import TINY, refuses, write_rows
 from declip.api import train
 from declip.finetuning.wise_ft import ends_of, interpolate
-from declip.interchange.architecture import _resized
+from declip.interchange.architecture import _resize
 from declip.interchange.card import without_folders
 from declip.interchange.declip_file import write_declip_file
 from declip.interchange.read import is_published, read_start
@@ -124,7 +124,7 @@ def test_positions_without_rows_for_tokens_are_resized_as_timm_does():
         for s in (64, 96)
     )
     model = SimpleNamespace(image_tower=SimpleNamespace(trunk=large))
-    found = _resized(f"{IMAGE}trunk.pos_embed", small.pos_embed, large.pos_embed, model)
+    found = _resize(f"{IMAGE}trunk.pos_embed", small.pos_embed, large.pos_embed, model)
     assert found.shape == large.pos_embed.shape
     torch.testing.assert_close(
         found, resample_abs_pos_embed(small.pos_embed, [6, 6], [4, 4], num_prefix_tokens=0)

@@ -26,7 +26,7 @@ from declip.fitting.fit import Fitted, fit
 from declip.fitting.shown import compared_queries, worst_captions
 from declip.interchange.export import export_complete
 from declip.interchange.fitted import StoredHeads, base_model, write_heads
-from declip.interchange.format import Traced
+from declip.interchange.format import ModelRecord
 from declip.interchange.read import loaded
 from declip.interchange.timm_weights import class_start
 from declip.interchange.weights import Weights
@@ -242,8 +242,8 @@ def _write_model(
     model = weights.build().eval()
     write_heads(partial / HEADS, StoredHeads.of(folder, base, weights, fingerprint(model)))
     pairs = len(fitted.source)
-    traced = Traced(model, step=1, pairs=pairs, fitted=dict(known), results=results)
-    export_complete(traced, partial / EXPORTS)
+    record = ModelRecord(model, step=1, pairs=pairs, fitted=dict(known), results=results)
+    export_complete(record, partial / EXPORTS)
 
 
 def _write_ranks(path: Path, fitted: Fitted) -> None:

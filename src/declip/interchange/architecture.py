@@ -29,11 +29,11 @@ def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
             fitted[name] = tensor
         elif name.startswith(TEXT) and name.endswith(TEXT_POSITIONS):
             length = start.recipe.text.context_length
-            positions = _stretched(tensor[:length], model.text_tower.context)
+            positions = _stretch(tensor[:length], model.text_tower.context)
             class_token = tensor[length:]  # CoCa's
             fitted[name] = torch.cat([positions, class_token])
         else:
-            fitted[name] = _resized(name, tensor, own[name], model)
+            fitted[name] = _resize(name, tensor, own[name], model)
         if fitted[name].shape != own[name].shape:
             raise UserError(
                 f"'{name}' of '{start.origin}' does not fit: this tower has one image size. Leave image.size out."
@@ -42,7 +42,7 @@ def load_tensors(start: Weights, model: DualEncoder) -> set[str]:
     return set(fitted)
 
 
-def _stretched(positions: Tensor, length: int) -> Tensor:
+def _stretch(positions: Tensor, length: int) -> Tensor:
     """Interpolate position embeddings (n, width) linearly so that both ends stay, or keep the first ones alone."""
     if length <= len(positions):
         return positions[:length]
@@ -52,7 +52,7 @@ def _stretched(positions: Tensor, length: int) -> Tensor:
     return longer[0].mT.to(positions.dtype)
 
 
-def _resized(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tensor:
+def _resize(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tensor:
     """Interpolate the square grid of position embeddings for another image size; the class token's stays."""
     is_position = name.startswith(IMAGE) and name.endswith(IMAGE_POSITIONS)
     if not is_position or tensor.ndim not in (2, 3):

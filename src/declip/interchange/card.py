@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 import declip
 from declip.evaluation.results import short_names
 from declip.interchange import open_clip_model, timm_weights
-from declip.interchange.format import Format, Traced, render
+from declip.interchange.format import Format, ModelRecord, render
 from declip.interchange.hub import HUB_PREFIXES
 from declip.recipe.schema import Recipe
 
@@ -19,7 +19,7 @@ IDENTIFIER = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9.]+)*", re.IGNORECASE)
 
 
 def model_card(
-    traced: Traced,
+    record: ModelRecord,
     form: Format,
     checked: str = "",
     license: str = NO_LICENSE,
@@ -27,7 +27,7 @@ def model_card(
 ) -> str:
     """Write the card as Markdown."""
     # Names without folders: a card is published.
-    model, results = traced.model, traced.results
+    model, results = record.model, record.results
     recipe = Recipe.model_validate(_without_folders(model.recipe.model_dump(mode="json")))
     names = short_names(result.dataset for result in results)
     task = "zero-shot-image-classification" if model.has_text else "image-feature-extraction"
@@ -37,10 +37,10 @@ def model_card(
     tags = ["clip", "declip", "contrastive-learning"]
     return render(
         "model_card.md",
-        **vars(traced),
+        **vars(record),
         recipe=recipe,
         head=f"{ModelCardData(library_name=form.library, pipeline_tag=task, tags=tags, **terms).to_yaml()}\n",
-        name=recipe.name if traced.step is not None else "A language-image model",
+        name=recipe.name if record.step is not None else "A language-image model",
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         version=declip.__version__,
         usage=form.card(model, repo),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import declip
 from declip.errors import UserError
-from declip.interchange.format import Format, ReadBack, Traced
+from declip.interchange.format import Format, ModelRecord, ReadBack
 from declip.interchange.weights import Weights, read_recipe
 from declip.io.atomic import save_tensors
 from declip.io.text import one_line
@@ -83,9 +83,9 @@ class DeclipFile(Format):
     def holds(self, model: DualEncoder) -> None:
         """Accept every model."""
 
-    def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
+    def write(self, record: ModelRecord, folder: Path, repo: str | None) -> None:
         """Write declip.safetensors, with the heads of losses."""
-        write_declip_file(traced.model, folder / FILE, traced.heads)
+        write_declip_file(record.model, folder / FILE, record.heads)
 
     def read_back(self, folder: Path) -> ReadBack:
         """Load the folder."""

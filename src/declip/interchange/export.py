@@ -17,7 +17,7 @@ from declip.errors import UserError, unknown
 from declip.evaluation.encode import eval_mode
 from declip.interchange.card import NO_LICENSE, model_card, without_folders
 from declip.interchange.declip_file import DeclipFile
-from declip.interchange.format import Format, Refusal, Traced
+from declip.interchange.format import Format, ModelRecord, Refusal
 from declip.interchange.huggingface import Huggingface
 from declip.interchange.onnx import Onnx
 from declip.interchange.open_clip import OpenClip
@@ -70,7 +70,7 @@ class Exported:
 
 
 def export(
-    model: str | Path | DualEncoder | Traced,
+    model: str | Path | DualEncoder | ModelRecord,
     format: str,
     out: str | Path,
     *,
@@ -100,11 +100,11 @@ def export(
         raise UserError(f"The repository is '{repo}'; give OWNER/NAME, such as your-name/my-clip.")
     out = Path(out).expanduser()
     form = FORMATS[format]
-    traced = trace(model)
-    if not traced.model.has_image:
+    record = with_provenance(model)
+    if not record.model.has_image:
         raise UserError("This is a text tower alone. Export a model with an image tower.")
     try:
-        form.holds(traced.model)
+        form.holds(record.model)
     except Refusal as refusal:
         way_out = "Export as safetensors, which holds every model."
         raise Refusal(
@@ -112,18 +112,18 @@ def export(
         ) from refusal
     # --- the model as the format holds it
     limits = ""
-    if not _is_float32_on_cpu(traced.model):
-        traced = replace(traced, model=deepcopy(traced.model).float().cpu())
-    if form.linear and not is_linear(traced.model):
-        traced = replace(traced, model=linear_part(traced.model))
+    if not _is_float32_on_cpu(record.model):
+        record = replace(record, model=deepcopy(record.model).float().cpu())
+    if form.linear and not is_linear(record.model):
+        record = replace(record, model=linear_part(record.model))
         limits = LINEAR.format(form.library)
     # --- write into a new folder, read it back, add the card; the folder appears when all is done
-    with _new_folder(out, overwrite) as folder, eval_mode(traced.model):
-        form.write(traced, folder, repo)
-        limits += form.limits(traced.model, repo)
-        difference, by = _compare(traced.model, form, folder)
+    with _new_folder(out, overwrite) as folder, eval_mode(record.model):
+        form.write(record, folder, repo)
+        limits += form.limits(record.model, repo)
+        difference, by = _compare(record.model, form, folder)
         exported = Exported(out, difference, by, limits)
-        card = model_card(traced, form, str(exported), license, repo)
+        card = model_card(record, form, str(exported), license, repo)
         (folder / CARD).write_text(card, encoding="utf-8")
     return exported
 
@@ -145,17 +145,17 @@ def linear_part(model: DualEncoder) -> DualEncoder:
     return copy
 
 
-def export_complete(traced: Traced, folder: Path) -> None:
+def export_complete(record: ModelRecord, folder: Path) -> None:
     """Export a fine-tuned model to every format that holds it completely; others are left out.
 
     Class posteriors are in no linear projection: `export` says what a format of such loses.
     """
     formats = ["safetensors"]
-    if is_linear(traced.model):
+    if is_linear(record.model):
         formats += ["open_clip", "huggingface"]
     for format in formats:
         try:
-            export(traced, format, folder / format, overwrite=True)
+            export(record, format, folder / format, overwrite=True)
         except Refusal:
             continue
         except UserError as error:  # the run is complete without it
@@ -225,12 +225,12 @@ def _difference(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours - F.normalize(theirs.float(), dim=-1)).abs().max()
 
 
-def trace(where: str | Path | DualEncoder | Traced) -> Traced:
+def with_provenance(where: str | Path | DualEncoder | ModelRecord) -> ModelRecord:
     """Load a model on the CPU, with the origin that its folder records; a loaded model keeps its device.
 
     Heads that came with foreign weights are kept; those of a run stay in its checkpoints.
     """
-    if isinstance(where, Traced):
+    if isinstance(where, ModelRecord):
         return where
     where = folder_or_name(where)
     if not isinstance(where, str | Path):
@@ -238,7 +238,7 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
             raise UserError(
                 f"This {type(where).__name__} cannot be exported: it is not a model of declip."
             )
-        return Traced(where)
+        return ModelRecord(where)
     path = Path(where).expanduser()
     if is_fitted(path):
         return _of_fit(path)
@@ -247,13 +247,13 @@ def trace(where: str | Path | DualEncoder | Traced) -> Traced:
         origin = f"`{without_folders(str(where))}`"
         if weights.has_text and weights.classes is not None:
             origin += ", with projections fitted to the names of its classifier's classes (arXiv 2605.22484)"
-        return Traced(weights.build().eval(), origin=origin, heads=weights.heads)
+        return ModelRecord(weights.build().eval(), origin=origin, heads=weights.heads)
     weights = read_checkpoint(path).check()
     folder = path.parent.parent if (path / STATE).is_file() else path
     return of_run(folder, weights.build().eval(), weights.step)
 
 
-def of_run(folder: Path, model: DualEncoder, step: int | None) -> Traced:
+def of_run(folder: Path, model: DualEncoder, step: int | None) -> ModelRecord:
     """A model of a run after a step, with the results and the pairs of that step."""
     run = read_run(folder)
     # the last result of each task on each dataset
@@ -261,7 +261,7 @@ def of_run(folder: Path, model: DualEncoder, step: int | None) -> Traced:
     for row in run.evaluated:
         if row.weights == step:
             results[row.result.dataset, row.result.task] = row.result
-    return Traced(
+    return ModelRecord(
         model,
         step=step,
         pairs=run.examples.get("source", {}).get("pairs"),
@@ -269,9 +269,9 @@ def of_run(folder: Path, model: DualEncoder, step: int | None) -> Traced:
     )
 
 
-def _of_fit(folder: Path) -> Traced:
+def _of_fit(folder: Path) -> ModelRecord:
     """The merged model of a fit, with its results and its pairs."""
     run = FittedRun(folder)
     source = run.facts.get("source", {})
     model = read(folder).build().eval()
-    return Traced(model, 1, source.get("pairs"), run.cross_validation, run.results)
+    return ModelRecord(model, 1, source.get("pairs"), run.cross_validation, run.results)

@@ -20,7 +20,7 @@ class Refusal(UserError):
 
 
 @dataclass(frozen=True)
-class Traced:
+class ModelRecord:
     """A model to export, with what is recorded of its origin."""
 
     model: DualEncoder
@@ -57,7 +57,7 @@ class Format(ABC):
         """Raise a `Refusal` with the reason if the format cannot hold a model."""
 
     @abstractmethod
-    def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
+    def write(self, record: ModelRecord, folder: Path, repo: str | None) -> None:
         """Write a float32 model on the CPU into an empty folder.
 
         `repo`, if given, is OWNER/NAME on the Hub, where the folder will be uploaded.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from declip.data.text.tokenizer import Tokenizer
 from declip.errors import UserError
 from declip.interchange import layouts, siglip
-from declip.interchange.format import Format, ReadBack, Refusal, Traced
+from declip.interchange.format import Format, ModelRecord, ReadBack, Refusal
 from declip.interchange.json_files import read_json, write_json
 from declip.interchange.layouts import TO_CLIP_VIT, clip_text_tower
 from declip.interchange.open_clip_model import CONFIG as OPEN_CLIP_CONFIG
@@ -219,9 +219,9 @@ class Huggingface(Format):
         if model.logit_bias is not None:
             raise Refusal("CLIPModel has no logit bias, which a sigmoid loss learns")
 
-    def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
+    def write(self, record: ModelRecord, folder: Path, repo: str | None) -> None:
         """Write config.json, model.safetensors, preprocessor_config.json and the tokenizer's files."""
-        model = traced.model
+        model = record.model
         if isinstance(model.text_tower, SiglipTextTower):
             tensors = siglip.tensors_of(model)
             config = siglip.config_of(model, model.text_tower)

@@ -271,8 +271,12 @@ def activation_of(keys: Mapping[str, Any]) -> str:
 
 
 ANOTHER_ARCHITECTURE = (
-    *(UserError, AttributeError, LookupError),
-    *(TypeError, ValueError, ArithmeticError),
+    UserError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
 )
 """What asking a tower for the parts of CLIP's raises if it has others."""
 

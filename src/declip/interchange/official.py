@@ -74,7 +74,7 @@ def weights_of(content: Any, origin: str) -> Weights:
     # The second key is open_clip's
     state = _named_as_official(unwrapped(content, "model", "state_dict"))
     try:
-        return _converted(state, origin)
+        return _convert(state, origin)
     except UserError as error:
         raise UserError(f"'{origin}': {str(error).rstrip('.')}.") from error
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
@@ -101,7 +101,7 @@ def _used(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not UNUSED.match(name)}
 
 
-def _converted(state: dict[str, Tensor], origin: str) -> Weights:
+def _convert(state: dict[str, Tensor], origin: str) -> Weights:
     """Weights of the official recipe with the heads in a state dict."""
     state = {name: in_float32(tensor) for name, tensor in state.items()}
     has_text = any("token_embedding" in name for name in state)

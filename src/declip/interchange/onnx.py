@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from declip.data.text.tokenizer import CaptionTokenizer, WrappedTokenizer
 from declip.errors import UserError
-from declip.interchange.format import Format, ReadBack, Refusal, Traced, render
+from declip.interchange.format import Format, ModelRecord, ReadBack, Refusal, render
 from declip.interchange.json_files import write_json
 from declip.interchange.layouts import preprocess_config
 from declip.interchange.tokenizer_files import write_tokenizer
@@ -42,14 +42,14 @@ class Onnx(Format):
                 "its tokenizer replaces one id by 0, which tokenizer.json cannot represent"
             )
 
-    def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
+    def write(self, record: ModelRecord, folder: Path, repo: str | None) -> None:
         """Write visual/ and textual/, each with a model.onnx, and config.json, which describes them.
 
         Images are (batch, 3, S, S) float32, normalized; texts (batch, length) int32 with padding after the end, length
         at most the context. Outputs are (batch, d) float32 of length 1. Batch and length are dynamic.
         """
-        model = traced.model
-        prepared = preprocess_config(traced.model)
+        model = record.model
+        prepared = preprocess_config(record.model)
         batch = torch.export.Dim("batch")
         size = model.preprocessor.size
         # Inputs and preprocessing, for readers without declip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from declip.errors import UserError
 from declip.interchange import layouts, starter
-from declip.interchange.format import Format, ReadBack, Refusal, Traced, render
+from declip.interchange.format import Format, ModelRecord, ReadBack, Refusal, render
 from declip.interchange.json_files import read_json, write_json
 from declip.interchange.open_clip_model import (
     CONFIG,
@@ -75,7 +75,7 @@ def read(where: str) -> Weights:
     """
     opened = load_open_clip(where)
     try:
-        weights = _converted(opened, where)
+        weights = _convert_equal(opened, where)
         if weights is None:
             weights = wrap_open_clip(opened, where)
             _compare(weights, opened)
@@ -86,7 +86,7 @@ def read(where: str) -> Weights:
         ) from error
 
 
-def _converted(opened: OpenClipModel, where: str) -> Weights | None:
+def _convert_equal(opened: OpenClipModel, where: str) -> Weights | None:
     """The model with the towers of declip, or None if these have other tensors or compute other features."""
     from open_clip import CLIP
 
@@ -204,13 +204,13 @@ class OpenClip(Format):
         """Refuse what open_clip's configuration cannot express."""
         _express(model, HERE)
 
-    def write(self, traced: Traced, folder: Path, repo: str | None) -> None:
+    def write(self, record: ModelRecord, folder: Path, repo: str | None) -> None:
         """Write open_clip_config.json, weights and, for a vocabulary other than CLIP's, a Hugging Face tokenizer.
 
         open_clip finds a text encoder by its name on the Hub, by that of the repository, or by a path: that of the
         folder is an argument in the code of the card, so that the folder can be moved.
         """
-        model = traced.model
+        model = record.model
         config, tensors = _express(model, repo or HERE)
         text_config = config["model_cfg"]["text_cfg"]
         # open_clip has CLIP's own tokenizer; others are files, as are configurations of text encoders.
@@ -316,7 +316,7 @@ def _express(model: DualEncoder, repo: str) -> Expressed:
 
 
 def _express_renamed(model: DualEncoder, encoder_name: str) -> Expressed:
-    """CLIP's text tower or an encoder of transformers, beside CLIP's image tower or a timm model."""
+    """CLIP's text tower or an encoder of transformers, with CLIP's image tower or a timm model."""
     recipe = model.recipe
     keys = layouts.clip_keys(model.image_tower)
     if isinstance(model.text_tower, HuggingfaceTextTower):

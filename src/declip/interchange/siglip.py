@@ -132,7 +132,7 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
         raise UserError(f"its tokenizer has no pad_token in {TOKENIZER_CONFIG}")
     # As SigLIP 2 was trained; transformers' GemmaTokenizer ignores it
     if settings.get("do_lower_case"):
-        definition = _cleaned(read_definition(definition), [normalizers.Lowercase()])
+        definition = _clean(read_definition(definition), [normalizers.Lowercase()])
     return {"definition": definition, "padding": padding}
 
 
@@ -150,20 +150,20 @@ def _first_tokenizer(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any
     steps: list[Any] = []
     if settings.get("do_lower_case", True):
         steps.append(normalizers.Lowercase())
-    steps.append(normalizers.Replace(Regex(f"[{_escaped(string.punctuation)}]"), ""))
+    steps.append(normalizers.Replace(Regex(f"[{_escape(string.punctuation)}]"), ""))
     steps.append(normalizers.Replace(Regex(r"\s+"), " "))
     steps.append(normalizers.Strip())
-    return {"definition": _cleaned(library, steps), "padding": padding}
+    return {"definition": _clean(library, steps), "padding": padding}
 
 
-def _cleaned(library: Backend, steps: list[Any]) -> str:
+def _clean(library: Backend, steps: list[Any]) -> str:
     """Definition of a tokenizer with more steps before its own normalization."""
     own = [] if library.normalizer is None else [library.normalizer]
     library.normalizer = normalizers.Sequence(steps + own)
     return library.to_str()
 
 
-def _escaped(characters: str) -> str:
+def _escape(characters: str) -> str:
     return "".join(f"\\{character}" for character in characters)
 
 

@@ -67,7 +67,7 @@ def read(where: str) -> Weights:
     with uninitialized():
         empty = DualEncoder(text.recipe, towers="image")
     kind = image_tower(where)
-    file = _checked(_image_file(where), IMAGE_SHA256[kind])
+    file = _check(_image_file(where), IMAGE_SHA256[kind])
     # It has the tensors of timm's model in the same order, by other names, and a classifier last.
     *trunk, rows, _ = read_tensors(file).values()
     names = only("image_tower.trunk.", empty.state_dict())
@@ -81,7 +81,7 @@ def read(where: str) -> Weights:
 
 def read_text(where: str) -> Weights:
     """Read the text tower, without timm, whose import takes longer than torch's."""
-    files = {name: _checked(f"{TEXT_FOLDER}/{name}", hash) for name, hash in TEXT_SHA256.items()}
+    files = {name: _check(f"{TEXT_FOLDER}/{name}", hash) for name, hash in TEXT_SHA256.items()}
     kind = image_tower(where)
     keys = {
         "image.model": f"tf_efficientnet_{kind}",
@@ -122,7 +122,7 @@ def _image_file(where: str) -> str:
     return f"{folder}/efficientnet-{kind}-{IMAGE_SHA256[kind][:8]}.pth"
 
 
-def _checked(file: str, sha256: str) -> Path:
+def _check(file: str, sha256: str) -> Path:
     """Locate a file of a package, which must be the published one."""
     package, _, name = file.partition("/")
     check_installed(package, "starter", "The built-in start")

@@ -90,7 +90,7 @@ def read(where: str) -> Weights:
     path = Path(file or fetch(where, get, f"{PREFIX}NAME/FILE")).expanduser()
     state = unwrapped(read_tensors(path), "state_dict_ema", "model_ema", "state_dict", "model")
     size = config.input_size[-1]
-    tower, rest = _filled(where, architecture, size, state)
+    tower, rest = _fill(where, architecture, size, state)
     width = tower.pre_logits_width
     keys = {
         "image.model": architecture,
@@ -149,7 +149,7 @@ def _classes(rest: Mapping[str, Tensor], width: int) -> Classes | None:
     return Classes.of(row) if is_classifier else None
 
 
-def _filled(
+def _fill(
     where: str, architecture: str, size: int, weights: Mapping[str, Tensor]
 ) -> tuple[ImageTower, dict[str, Tensor]]:
     """Build the tower with the weights, which must be complete except for the classifier, and return the rest."""
