@@ -56,7 +56,9 @@ def test_search_by_text_image_and_both(made, model, folder):
         np.testing.assert_allclose([hit.score for hit in hits], scores, atol=1e-5)
     found = made.search(image=query_image, k=4, copies=True)
     assert found[0].key == "red-bar.png"
-    assert made.nearest(made.vectors([found[0].id]), 4)[0][0].tolist() == [hit.id for hit in found]
+    assert made.nearest(made.vectors([found[0].id]).double(), 4)[0][0].tolist() == [
+        hit.id for hit in found
+    ]
     torch.testing.assert_close(
         made.query("bar", template="a red {}"), torch.from_numpy(text).float()
     )
