@@ -317,6 +317,18 @@ def test_after_the_last_caption_the_page_says_what_to_run(browser, start, uncapt
         expect(page.locator("#text")).to_be_visible()
 
 
+def test_nothing_is_typed_before_the_first_image_is_there(browser, start):
+    waiting = []
+    with served(start()) as address:
+        page = browser.new_context(base_url=address).new_page()
+        page.route("**/api/caption/next", lambda route: waiting.append(route))
+        page.goto("/")
+        expect(page.get_by_role("status")).to_have_text("Loading …")
+        expect(page.locator("#text")).to_be_hidden()
+        waiting[0].continue_()
+        expect(page.locator("#text")).to_be_focused()
+
+
 def test_a_saved_caption_is_changed_and_deleted(browser, start, tmp_path):
     def written():
         return [row["caption"] for row in read_table(tmp_path / "captions.csv")]
