@@ -23,7 +23,11 @@ class PrincipalAxes(NamedTuple):
     def ridge(self, target: Tensor, penalties: Iterable[float]) -> list[Tensor]:
         """Compute (M + penalty I)⁻¹ target of the matrix M for each penalty, (v, c) each."""
         rotated = self.axes.mT @ target
-        return [self.axes @ (rotated / (self.moments + penalty)[:, None]) for penalty in penalties]
+        solutions = []
+        for penalty in penalties:
+            damped = self.moments + penalty
+            solutions.append(self.axes @ (rotated / damped[:, None]))
+        return solutions
 
 
 def largest_directions(rows: Tensor, weights: Tensor, count: int) -> Tensor:

@@ -23,7 +23,8 @@ CLASS_WEIGHTS = (1.0, 0.25, 0.0)
 # Standard errors that the gain of a candidate must exceed. A start that was trained on pairs is
 # changed with more caution: with 1.0 it lost up to 11 points (31 to 124 pairs of builtin:clipart
 # and stamps, from a model of icons).
-CAUTION, START_CAUTION = 1.0, 2.0
+CAUTION = 1.0
+START_CAUTION = 2.0
 # Gains that differ by less are equal: the usual heads, or else the larger weight of the classes,
 # are kept
 TIE = 1e-9
@@ -41,14 +42,16 @@ def best_candidate(tried: Mapping[Key, HeldOutRanks], usual: Key, caution: float
     to 124 pairs this chose heads that were up to 7 points better on other pairs (builtin:stamps and
     stamps-photos, mean of R@1 and R@10).
     """
-    best, largest = usual, 0.0
+    best = usual
+    largest = 0.0
     compared = tried[usual].scores()
     for key, each in tried.items():
         gains = each.scores() - compared  # (n,)
         spread = caution * gains.std()
         gain = float(gains.mean() - spread / len(gains) ** 0.5)
         if gain > largest + TIE:
-            best, largest = key, gain
+            best = key
+            largest = gain
     return best
 
 
@@ -59,5 +62,5 @@ def beats(outcome: HeldOutRanks, start: HeldOutRanks, groups: np.ndarray) -> boo
     interval of the gain that excludes 0 would give up 2 to 3 points with 31 and 62 pairs (mean of
     R@1 and R@10, sets of `heads.FEW`).
     """
-    gain = float((outcome.percentiles() - start.percentiles()).mean())
-    return gain > 0 and outcome.percentile(groups).low > CHANCE
+    gains = outcome.percentiles() - start.percentiles()  # (n,)
+    return bool(gains.mean() > 0) and outcome.percentile(groups).low > CHANCE

@@ -65,13 +65,17 @@ def choose_heads(data: FitData, start: Heads | None = None, keep_start: bool = T
             heads = fit_heads(data.pairs, data.classes, weight, form)
         return Choice(heads, form, weight, start_heads=start)
     # --- all candidates, or of few pairs the usual one
-    forms = START_FORMS if data.one_space else FORMS
-    if not data.one_space and effective_groups(sizes) < FEW:
-        forms, weights = (DEFAULT_FORM,), weights[:1]
+    forms = FORMS
+    caution = CAUTION
+    if data.one_space:
+        forms = START_FORMS
+        caution = START_CAUTION
+    elif effective_groups(sizes) < FEW:
+        forms = (DEFAULT_FORM,)
+        weights = weights[:1]
     sample = data.sample()
-    validations = dict(
-        zip(weights, in_threads(partial(CrossValidation, sample), weights), strict=True)
-    )
+    computed = in_threads(partial(CrossValidation, sample), weights)
+    validations = dict(zip(weights, computed, strict=True))
     tried = dict[tuple[Form, float], HeldOutRanks]()
     for weight, validation in validations.items():
         for form, ranks in zip(forms, validation.ranks(forms), strict=True):
@@ -83,7 +87,6 @@ def choose_heads(data: FitData, start: Heads | None = None, keep_start: bool = T
             tried[START, 0.0] = of_start
         elif keep_start:
             tried[START, 0.0] = ranks_by(start, sample.pairs, sample.folds)
-    caution = START_CAUTION if data.one_space else CAUTION
     form, weight = best_candidate(tried, usual, caution)
     if form == START:
         return unchanged(start, of_start)
@@ -118,7 +121,8 @@ def unchanged(start: Heads | None, ranks: HeldOutRanks | None) -> Choice:
 
 def start_heads(data: FitData) -> Heads | None:
     """The heads without any pair: embeddings as they are, or those of the classes alone."""
-    pairs, classes = data.pairs, data.classes
+    pairs = data.pairs
+    classes = data.classes
     if data.one_space:
         return Heads(torch.eye(pairs.images.shape[1]), torch.eye(pairs.texts.shape[1]))
     if classes is None:

@@ -41,7 +41,8 @@ class CrossValidation:
     def __init__(self, data: FitData, weight: float) -> None:
         self.data = data
         pairs = data.pairs
-        n, m = len(pairs.images), len(pairs.texts)
+        n = len(pairs.images)
+        m = len(pairs.texts)
         rows = regression_rows(pairs, data.classes, weight, torch.float32)
         weights = rows.weights.float()  # (r,)
         x = rows.images  # (i, v), the first n of own images
@@ -49,15 +50,18 @@ class CrossValidation:
         y, y_mean = centered(y, weights @ y)
         self._to_raw = partial(raw_heads, rows.direction.float(), y_mean, rows.classifier)
         # --- the largest directions of both sides; in one space their axes must stay the same
-        x_width, y_width = x.shape[1], y.shape[1]
+        x_width = x.shape[1]
+        y_width = y.shape[1]
         if data.one_space:
-            x_axes, y_axes = torch.eye(x_width), torch.eye(y_width)
+            x_axes = torch.eye(x_width)
+            y_axes = torch.eye(y_width)
         else:
             x_width = min(x_width, DIRECTIONS)
             shares = torch.zeros(len(x)).index_add(0, rows.owners, weights)  # (i,)
             x_axes = largest_directions(x, shares, x_width)
             y_axes = largest_directions(y, weights, y_width)
-            x, y = x @ x_axes, y @ y_axes
+            x = x @ x_axes
+            y = y @ y_axes
         self._widths = x_width, y_width
         self._bases = x_axes, y_axes
         # --- own pairs, and the moments of the classes, which are part of every fit
@@ -69,15 +73,17 @@ class CrossValidation:
     def ranks(self, forms: tuple[Form, ...], fitted: Tensor | None = None) -> list[HeldOutRanks]:
         """Ranks of all pairs by each form, with heads fitted to some (n,) bool, or to all."""
         folds = self.data.folds
-        usable = torch.ones(len(folds), dtype=torch.bool) if fitted is None else fitted
         images, texts, owners = self._centered
 
         def rank_fold(fold: int) -> list[list[tuple[HeldOutBlock, HeldOutRanks]]]:
             """Ranks of a fold's blocks, of each by all forms."""
             held_out = folds == fold
-            (x_axes, y_axes), maps = self._solve(~held_out & usable, forms)
+            used = ~held_out
+            if fitted is not None:
+                used &= fitted
+            (x_axes, y_axes), maps = self._solve(used, forms)
             ranked = []
-            for block in blocks(held_out.nonzero().flatten(), owners, self._numbers):
+            for block in blocks(held_out, owners, self._numbers):
                 x = images[block.images] @ x_axes
                 y = texts[block.texts] @ y_axes
                 of_forms = []

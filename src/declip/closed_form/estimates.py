@@ -26,17 +26,13 @@ class Estimate(NamedTuple):
 
 def group_mean(values: np.ndarray, groups: np.ndarray) -> Estimate:
     """Mean of the images' values (n,), with its interval."""
-    sums, counts = group_sums(values, groups)
+    members = np.unique(groups, return_inverse=True)[1]
+    sums = np.bincount(members, values)  # (g,)
+    counts = np.bincount(members)
     value = float(values.mean())
-    without = (sums.sum() - sums) / (counts.sum() - counts)  # (g,)
+    without = (sums.sum() - sums) / (counts.sum() - counts)
     half = jackknife(without, counts)
     return Estimate(value, value - half, value + half)
-
-
-def group_sums(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the images' values (n,) and number of images of each group, (g,) and (g,)."""
-    members = np.unique(groups, return_inverse=True)[1]
-    return np.bincount(members, values), np.bincount(members)
 
 
 def jackknife(without: np.ndarray, sizes: np.ndarray) -> float:

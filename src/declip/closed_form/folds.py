@@ -9,11 +9,11 @@ def assign_folds(groups: np.ndarray, folds: int, seed: int | np.random.Generator
     (n,) int64.
     """
     names, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(names))
-    order = order[np.argsort(-sizes[order], kind="stable")]
+    shuffled = np.random.default_rng(seed).permutation(len(names))
+    largest_first = np.argsort(-sizes[shuffled], kind="stable")
     filled = np.zeros(folds, np.int64)
     fold_of = np.zeros(len(names), np.int64)
-    for group in order:
+    for group in shuffled[largest_first]:
         smallest = filled.argmin()
         fold_of[group] = smallest
         filled[smallest] += sizes[group]

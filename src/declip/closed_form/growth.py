@@ -33,7 +33,8 @@ class Growth(NamedTuple):
 
 def growth(choice: Choice) -> Growth:
     """The curve of a choice."""
-    validation, whole = choice.validation, choice.whole
+    validation = choice.validation
+    whole = choice.whole
     if validation is None or whole is None or choice.outcome is None:  # the start, or too few
         return Growth([], [])
     count = len(whole.data.groups)

@@ -75,7 +75,8 @@ def fit_heads(pairs: Pairs, classes: ClassPairs | None, class_weight: float, for
         R₁ = (XᵀΩX + εₓI)⁻¹ (XᵀΩY + εₓ cₓ I)        cₓ = tr(XᵀΩY) / tr(XᵀΩX)
     and R₂ with X and Y exchanged.
     """
-    return regression_heads(regression_rows(pairs, classes, class_weight), form)
+    rows = regression_rows(pairs, classes, class_weight)
+    return regression_heads(rows, form)
 
 
 def regression_heads(rows: RegressionRows, form: Form) -> Heads:
@@ -83,7 +84,8 @@ def regression_heads(rows: RegressionRows, form: Form) -> Heads:
     weights = (rows.weights / rows.weights.sum()).double()
     y = rows.texts.double()
     y, y_mean = centered(y, weights @ y)
-    image, text = solve_one(moments(rows.images, y, rows.owners, weights), form)
+    known = moments(rows.images, y, rows.owners, weights)
+    image, text = solve_one(known, form)
     return raw_heads(rows.direction, y_mean, rows.classifier, image, text)
 
 
@@ -93,8 +95,10 @@ def raw_heads(
     """Heads of features that are not centered, from those of centered ones and both means."""
     own = len(x_mean)
     # Equal features have no variance in the mean's direction, others have: it must stay ignored.
-    image = torch.cat([project_out(image[:, :own], x_mean), image[:, own:]], dim=1)
-    return Heads(image, project_out(text, y_mean), known)
+    of_features = project_out(image[:, :own], x_mean)
+    image = torch.cat([of_features, image[:, own:]], dim=1)
+    text = project_out(text, y_mean)
+    return Heads(image, text, known)
 
 
 def mix(start: Heads, end: Heads, alpha: float) -> Heads:
@@ -103,7 +107,8 @@ def mix(start: Heads, end: Heads, alpha: float) -> Heads:
     Both maps have norm 1.
     """
     width = max(start.image.shape[1], end.image.shape[1])
-    first, last = _map_of_length_1(start, width), _map_of_length_1(end, width)
+    first = _map_of_length_1(start, width)
+    last = _map_of_length_1(end, width)
     image, text = split_product(torch.lerp(first, last, alpha))
     return Heads(image, text, end.classifier or start.classifier)
 

@@ -14,7 +14,8 @@ def mixed_choices(choice: Choice, alphas: Sequence[float]) -> dict[float, Choice
     Only the choice itself, as 1, if the start stays or there were too few pairs to measure.
     """
     mixed = {1.0: choice}
-    start, validation = choice.start_heads, choice.whole
+    start = choice.start_heads
+    validation = choice.whole
     if start is None or validation is None:
         return mixed
     data = validation.data

@@ -26,15 +26,21 @@ class Side(NamedTuple):
     anchors: Tensor  # (a, v) of length 1, less their mean: pairs, then classes
     mean: Tensor  # (v,)
 
+    def cosines(self, pooled: Tensor) -> Tensor:
+        """Cosines (n, a) of pooled features (n, v) with the anchors, without their mean."""
+        centered = pooled.to(self.anchors) - self.mean
+        return normalize(centered, dim=-1) @ self.anchors.mT
+
     def halves(self, pooled: Tensor, classes: int) -> list[Tensor]:
         """Cosines with the nearest anchors (n, a), and with the nearest of the c classes (n, c).
 
         Both have length 1; without classes only the first.
         """
-        cosines = normalize(pooled - self.mean, dim=-1) @ self.anchors.mT
+        cosines = self.cosines(pooled)
         halves = [nearest(cosines)]
         if classes:
-            halves.append(nearest(cosines[:, len(self.anchors) - classes :]))
+            of_classes = cosines[:, len(self.anchors) - classes :]
+            halves.append(nearest(of_classes))
         return halves
 
     def features(self, pooled: Tensor, classes: int, weights: Tensor) -> Tensor:
@@ -53,8 +59,8 @@ class Side(NamedTuple):
         What the rows are: `declip.runs.fitted.FittedRun.known` of a fit; of a start without pairs,
         the names of its classes in order.
         """
-        cosines = normalize(pooled - self.mean, dim=-1) @ self.anchors.mT
-        values, rows = cosines.topk(min(count, cosines.shape[-1]), dim=-1)
+        count = min(count, len(self.anchors))
+        values, rows = self.cosines(pooled).topk(count, dim=-1)
         return values, rows
 
 
@@ -95,7 +101,7 @@ class Neighbors:
 
     def extend(self, side: Side, pooled: Tensor, projected: Tensor) -> Tensor:
         """Append features of neighbors to projected features (n, k) of length 1: (n, d) of length 1."""
-        related = side.features(pooled.to(side.anchors), self.classes, self.weights)
+        related = side.features(pooled, self.classes, self.weights)
         joined = torch.cat([projected.to(related), related], dim=-1)
         if self.axes is not None:
             joined = joined @ self.axes
@@ -118,17 +124,11 @@ class Similarities(NamedTuple):
         cls, projected: Tensor, known: Neighbors, images: Tensor, texts: Tensor
     ) -> "Similarities":
         """Compare pooled features of images (n, v) and texts (m, w) by their neighbors."""
-        image_halves = known.images.halves(images.to(known.images.anchors), known.classes)
-        text_halves = known.texts.halves(texts.to(known.texts.anchors), known.classes)
+        image_halves = known.images.halves(images, known.classes)
+        text_halves = known.texts.halves(texts, known.classes)
         of_halves = [image @ text.mT for image, text in zip(image_halves, text_halves, strict=True)]
-        image_squares = [half.square().sum(dim=1) for half in image_halves]
-        text_squares = [half.square().sum(dim=1) for half in text_halves]
-        return cls(
-            projected.to(of_halves[0]),
-            of_halves,
-            torch.stack(image_squares, dim=1),
-            torch.stack(text_squares, dim=1),
-        )
+        projected = projected.to(of_halves[0])
+        return cls(projected, of_halves, _squares(image_halves), _squares(text_halves))
 
     def weighted(self, weights: Sequence[float]) -> Tensor:
         """Cosines (n, m), the halves with their weights; projections have 1."""
@@ -142,15 +142,22 @@ class Similarities(NamedTuple):
         return total / image_lengths[:, None] / text_lengths
 
 
+def _squares(halves: Sequence[Tensor]) -> Tensor:
+    """Squared lengths (n, halves) of the rows (n, k) of each half."""
+    squares = [half.square().sum(dim=1) for half in halves]
+    return torch.stack(squares, dim=1)
+
+
 def leading_axes(rows: Tensor, seed: int = 0) -> Tensor:
     """The `WIDTH` directions (w, d) along which rows (r, w) are largest, by subspace iteration.
 
     All directions, where they are no more.
     """
-    if rows.shape[1] <= WIDTH:
-        return torch.eye(rows.shape[1]).to(rows)
-    width = min(WIDTH, len(rows))
-    start = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(seed))
+    width = rows.shape[1]
+    if width <= WIDTH:
+        return torch.eye(width).to(rows)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(width, min(WIDTH, len(rows)), generator=generator)
     axes = torch.linalg.qr(start.to(rows)).Q
     for _ in range(ITERATIONS):
         axes = torch.linalg.qr(rows.mT @ (rows @ axes)).Q

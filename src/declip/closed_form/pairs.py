@@ -82,21 +82,24 @@ class FitData(NamedTuple):
             return self
         rows = random_rows(count, MOST, self.seed)
         pairs = self.pairs.of_images(rows)
-        return self._replace(pairs=pairs, groups=self.groups[rows.numpy()], folds=self.folds[rows])
+        groups = self.groups[rows.numpy()]
+        return self._replace(pairs=pairs, groups=groups, folds=self.folds[rows])
 
 
 def random_rows(count: int, most: int, seed: int) -> Tensor:
     """`most` random numbers below `count`, or all of them, rising, int64."""
     if count <= most:
         return torch.arange(count)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
     return order[:most].sort().values
 
 
 def mean_by_owner(rows: Tensor, owners: Tensor, count: int) -> Tensor:
     """Mean of the rows (m, w) of each owner (m,), (count, w)."""
     sums = rows.new_zeros(count, rows.shape[1]).index_add(0, owners, rows)
-    return sums / torch.bincount(owners, minlength=count)[:, None]
+    counts = torch.bincount(owners, minlength=count)
+    return sums / counts[:, None]
 
 
 def class_centers(rows: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ class HeldOutRanks:
         """(groups, 2) hits among the first k, and their largest number: of images, of captions."""
         of_images = np.unique(groups, return_inverse=True)[1]
         of_captions = of_images[self.owners.numpy()]
-        image_hits = np.bincount(of_images, (self.to_text < k).double().numpy())
-        caption_hits = np.bincount(of_captions, (self.to_image < k).double().numpy())
+        image_hits = np.bincount(of_images, self.to_text < k)
+        caption_hits = np.bincount(of_captions, self.to_image < k)
         hits = np.stack([image_hits, caption_hits], axis=1)
         counts = np.stack([np.bincount(of_images), np.bincount(of_captions)], axis=1)
         return hits, counts
@@ -109,7 +109,9 @@ class HeldOutRanks:
 
 
 def _score_of(ranks: Tensor) -> Tensor:
-    return (1 / (1 + ranks.double()) + (ranks < FIRST)) / 2
+    """Mean of the reciprocal rank and the hit among the first ten."""
+    reciprocal = 1 / (1 + ranks.double())
+    return (reciprocal + (ranks < FIRST)) / 2
 
 
 def _recall(hits: np.ndarray, counts: np.ndarray) -> float:
@@ -140,11 +142,12 @@ class HeldOutBlock(NamedTuple):
         return cls(images, captions, rows, columns, texts)
 
 
-def blocks(images: Tensor, owners: Tensor, numbers: Tensor) -> Iterator[HeldOutBlock]:
-    """Divide the images of a fold (n,), rising, into blocks of about `BLOCK`.
+def blocks(held_out: Tensor, owners: Tensor, numbers: Tensor) -> Iterator[HeldOutBlock]:
+    """Divide the images of a fold, those where `held_out` (n,) is true, into blocks of about `BLOCK`.
 
     Other arguments as for `HeldOutBlock.of`.
     """
+    images = held_out.nonzero().flatten()
     count = max(1, round(len(images) / BLOCK))
     for part in images.tensor_split(count):
         yield HeldOutBlock.of(part, owners, numbers)
@@ -161,27 +164,28 @@ def ranks_by(heads: Heads | Mapping[int, Heads], pairs: Pairs, folds: Tensor) ->
     parts = []
     for fold in folds.unique().tolist():
         own = heads if isinstance(heads, Heads) else heads[fold]
-        for block in blocks((folds == fold).nonzero().flatten(), pairs.owners, numbers):
+        for block in blocks(folds == fold, pairs.owners, numbers):
             images = pairs.images[block.images].to(own.image)
             texts = pairs.texts[block.texts].to(own.image)
-            parts.append((block, score(own.similarities(images, texts), block)))
+            similarities = own.similarities(images, texts)
+            parts.append((block, score(similarities, block)))
     return HeldOutRanks.join(pairs, parts)
 
 
 def score(similarities: Tensor, block: HeldOutBlock) -> HeldOutRanks:
     """Rank the captions for each image of a block, and the reverse, by similarities (b, d)."""
-    rows, columns = block.rows, block.columns
+    rows = block.rows
+    columns = block.columns
     relevant = torch.zeros_like(similarities, dtype=torch.bool)
     relevant[rows, columns] = True
     # --- retrieval: the rank of the best match
     best = similarities.masked_fill(~relevant, -torch.inf)
     top = best.amax(dim=1)  # (b,)
     to_text = (similarities > top[:, None]).sum(dim=1)
-    to_image = (similarities > best.amax(dim=0)).sum(dim=0)[columns]
+    to_image = (similarities > best.amax(dim=0)).sum(dim=0)  # (d,)
     # Of equal similarities the right one
-    nearest = torch.where(
-        to_image == 0, best.argmax(dim=0)[columns], similarities.argmax(dim=0)[columns]
-    )
+    right = best.argmax(dim=0)
+    first = torch.where(to_image == 0, right, similarities.argmax(dim=0))
     # --- the rank of each caption and its image for each other
     own = similarities[rows, columns]  # (c,)
     for_image = rank(similarities[rows], own, relevant[rows])
@@ -189,8 +193,8 @@ def score(similarities: Tensor, block: HeldOutBlock) -> HeldOutRanks:
     return HeldOutRanks(
         owners=rows,
         to_text=to_text,
-        to_image=to_image,
-        first=nearest,
+        to_image=to_image[columns],
+        first=first[columns],
         images=torch.full_like(to_text, len(to_text)),
         fit=(for_image + for_caption) / 2,
         losses=_losses(similarities, relevant, top),

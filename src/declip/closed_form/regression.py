@@ -31,13 +31,16 @@ class PosteriorFeatures(NamedTuple):
         """
         own = normalize(project_out(images, self.direction), dim=-1)
         logits = images @ self.rows.mT
-        powers = (POSTERIOR_POWER * logits.log_softmax(dim=-1)).exp()
+        posteriors = logits.log_softmax(dim=-1)
+        powers = (POSTERIOR_POWER * posteriors).exp()
         return torch.cat([own, powers], dim=-1)
 
     def class_features(self) -> Tensor:
         """Features (c, v + c) of the classes: an image that is nothing else, where its class is."""
-        centers = normalize(project_out(class_centers(self.rows), self.direction), dim=-1)
-        return torch.cat([centers, torch.eye(len(centers)).to(centers)], dim=1)
+        centers = project_out(class_centers(self.rows), self.direction)
+        centers = normalize(centers, dim=-1)
+        certain = torch.eye(len(centers)).to(centers)
+        return torch.cat([centers, certain], dim=1)
 
 
 class RegressionRows(NamedTuple):
@@ -73,12 +76,15 @@ def regression_rows(
 
     They are computed in float64, a part at a time, and saved as images of `dtype`.
     """
-    own, owners, texts = pairs.images, pairs.owners, pairs.texts
+    own = pairs.images
+    texts = pairs.texts
+    owners = pairs.owners
     weights = 1 / torch.bincount(owners)[owners].double()
     mean = own.sum(dim=0, dtype=torch.float64)
     if classes is not None:
         mean = mean + OWN_MEAN * classes.mean.double()
-    direction, classifier = normalize(mean, dim=0), None
+    direction = normalize(mean, dim=0)
+    classifier = None
     centers = own.new_empty(0, own.shape[1])
     if classes is not None and class_weight:
         rows = classes.rows.double()
@@ -102,14 +108,16 @@ def regression_rows(
 
 
 def centered(features: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (n, v) of unit length without the direction of a mean (v,); that too."""
+    """Features (n, v) of unit length without the direction of a mean (v,), and that direction."""
     direction = normalize(mean.to(features), dim=0)
-    return normalize(project_out(features, direction), dim=-1), direction
+    rest = project_out(features, direction)
+    return normalize(rest, dim=-1), direction
 
 
 def project_out(rows: Tensor, direction: Tensor) -> Tensor:
     """Rows (…, v) without their part in a direction (v,) of unit length."""
-    return rows - (rows @ direction)[..., None] * direction
+    lengths = rows @ direction
+    return rows - lengths[..., None] * direction
 
 
 def moments(x: Tensor, y: Tensor, owners: Tensor, weights: Tensor) -> Moments:
@@ -126,5 +134,6 @@ def moments(x: Tensor, y: Tensor, owners: Tensor, weights: Tensor) -> Moments:
     # In parts, as a weighted copy of all images would take as much memory as they do
     squares = x.new_zeros(x.shape[1], x.shape[1])
     for part, own in zip(x.split(ROWS), shares.split(ROWS), strict=True):
-        squares = squares + (part * own[:, None]).mT @ part
+        weighted_part = part * own[:, None]
+        squares = squares + weighted_part.mT @ part
     return Moments(squares, weighted.mT @ y, x.mT @ of_images)

@@ -64,7 +64,8 @@ def with_neighbors(choice: Choice, data: FitData) -> Choice:
 
 def _try_weights(choice: Choice, data: FitData) -> dict[tuple[float, float], HeldOutRanks]:
     """Out-of-fold ranks by each of `WEIGHTS` that has neighbors."""
-    pairs, folds = data.pairs, data.folds
+    pairs = data.pairs
+    folds = data.folds
     numbers = caption_numbers(pairs)
     heads = choice.heads.to(pairs.images)
     of_folds = dict.fromkeys(folds.unique().tolist(), heads)
@@ -75,8 +76,9 @@ def _try_weights(choice: Choice, data: FitData) -> dict[tuple[float, float], Hel
         left_out = folds == fold
         others = pairs.of_images((~left_out).nonzero().flatten())
         known = known_pairs(others, data.classes, data.seed)
-        for block in blocks(left_out.nonzero().flatten(), pairs.owners, numbers):
-            images, texts = pairs.images[block.images], pairs.texts[block.texts]
+        for block in blocks(left_out, pairs.owners, numbers):
+            images = pairs.images[block.images]
+            texts = pairs.texts[block.texts]
             projected = fitted.to(images).similarities(images, texts)
             similarities = Similarities.of(projected, known, images, texts)
             for weights in filter(any, WEIGHTS):
@@ -87,26 +89,31 @@ def _try_weights(choice: Choice, data: FitData) -> dict[tuple[float, float], Hel
 
 def _known_rows(heads: Heads, known: Neighbors, data: FitData) -> Tensor:
     """All parts of the features of known images and texts, (r, k + a + c), without axes."""
-    pairs, classes = data.pairs, data.classes
-    complete = heads.to(pairs.images)._replace(neighbors=known)
-    images, texts = [pairs.images], [pairs.mean_texts()]
+    images = data.pairs.images
+    texts = data.pairs.mean_texts()
+    classes = data.classes
+    complete = heads.to(images)._replace(neighbors=known)
     if classes is not None:
-        images.append((class_centers(classes.rows) + classes.mean).to(pairs.images))
-        texts.append(classes.mean_texts().to(pairs.texts))
-    image_rows = complete.embed_images(torch.cat(images))
-    text_rows = complete.embed_texts(torch.cat(texts))
+        class_images = class_centers(classes.rows) + classes.mean
+        images = torch.cat([images, class_images.to(images)])
+        texts = torch.cat([texts, classes.mean_texts().to(texts)])
+    image_rows = complete.embed_images(images)
+    text_rows = complete.embed_texts(texts)
     return torch.cat([image_rows, text_rows])
 
 
 def class_neighbors(heads: Heads, classes: ClassPairs) -> Neighbors:
     """Neighbors among classes alone, for the heads of a start without pairs, in their precision."""
-    centers, names = class_centers(classes.rows), classes.mean_texts()
+    centers = class_centers(classes.rows)
+    names = classes.mean_texts()
     images = Side(normalize(centers, dim=-1), classes.mean)
     weights = torch.tensor([1.0, 0.0]).to(centers)
     known = Neighbors(images, _text_side(names), 0, weights)
     complete = heads._replace(neighbors=known)
-    rows = [complete.embed_images(centers + classes.mean), complete.embed_texts(names)]
-    return replace(known, axes=leading_axes(torch.cat(rows), SEED))
+    image_rows = complete.embed_images(centers + classes.mean)
+    text_rows = complete.embed_texts(names)
+    axes = leading_axes(torch.cat([image_rows, text_rows]), SEED)
+    return replace(known, axes=axes)
 
 
 def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neighbors:
@@ -114,21 +121,23 @@ def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neig
     rows = random_rows(len(pairs.images), MOST, seed)
     images = pairs.images[rows].float()
     texts = pairs._replace(texts=pairs.texts.float()).mean_texts()[rows]
-    if classes is None:
-        mean, count = images.mean(dim=0), 0
-        anchors = normalize(images - mean, dim=-1)
-    else:
-        mean, count = classes.mean.float(), len(classes.rows)
+    mean = images.mean(dim=0) if classes is None else classes.mean.float()
+    anchors = normalize(images - mean, dim=-1)
+    count = 0
+    if classes is not None:
+        count = len(classes.rows)
         # In float32 only now: a difference of rounded rows would have lost digits
         centers = class_centers(classes.rows).float()
-        anchors = torch.cat([normalize(images - mean, dim=-1), normalize(centers, dim=-1)])
+        anchors = torch.cat([anchors, normalize(centers, dim=-1)])
         names = classes._replace(texts=classes.texts.float()).mean_texts()
         texts = torch.cat([texts, names])
+    image_side = Side(anchors, mean)
     weights = torch.tensor(WEIGHTS[0])
-    kept = tuple(rows.tolist())
-    return Neighbors(Side(anchors, mean), _text_side(texts), count, weights, rows=kept)
+    numbers = tuple(rows.tolist())
+    return Neighbors(image_side, _text_side(texts), count, weights, rows=numbers)
 
 
 def _text_side(texts: Tensor) -> Side:
+    """The known texts, less their mean."""
     mean = texts.mean(dim=0)
     return Side(normalize(texts - mean, dim=-1), mean)

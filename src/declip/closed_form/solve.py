@@ -85,7 +85,8 @@ class Factored:
         # Features without any variance, as of one pair, have factors that are not 0.
         least = torch.finfo(moments.dtype).tiny ** 0.5
         identity = torch.eye(len(moments)).to(moments)
-        self.factor = torch.linalg.cholesky(moments + self.penalty.clamp(min=least) * identity)
+        damped = moments + self.penalty.clamp(min=least) * identity
+        self.factor = torch.linalg.cholesky(damped)
 
     def divide(self, rows: Tensor) -> Tensor:
         """Solve for the rows."""
@@ -112,13 +113,15 @@ def solve(
         these axes.
     """
     # The dominant cost: O(v³)
-    x, y = PrincipalAxes.of(known.images), PrincipalAxes.of(known.texts)
+    x = PrincipalAxes.of(known.images)
+    y = PrincipalAxes.of(known.texts)
     x_width, y_width = widths or known.crossed.shape
     crossed = x.axes.mT @ known.crossed @ y.axes  # (v, w)
     slope = known.crossed.trace()
     maps = []
     for method, ridge in forms:
-        images, texts = AlongAxes(x.moments, ridge, x_width), AlongAxes(y.moments, ridge, y_width)
+        images = AlongAxes(x.moments, ridge, x_width)
+        texts = AlongAxes(y.moments, ridge, y_width)
         if method == "pulled":
             identity = x.axes.mT @ y.axes
             maps.append(pulled(images, texts, crossed, slope, identity))
@@ -142,9 +145,10 @@ def solve_one(known: Moments, form: Form, widths: tuple[int, int] | None = None)
 def projections(x: Damped, y: Damped, crossed: Tensor, method: str) -> Sides:
     """Ridge regression in both directions, or canonical correlation, see `fit_heads`."""
     if method == "cca":
-        left, right = split_product(y.whiten(x.whiten(crossed).mT).mT)
+        half_whitened = x.whiten(crossed)
+        left, right = split_product(y.whiten(half_whitened.mT).mT)
         return x.whitened(left), y.whitened(right)
-    return both_ways(x.divide(crossed), y.divide(crossed.mT).mT)
+    return both_ways(x, y, crossed, crossed)
 
 
 def pulled(x: Damped, y: Damped, crossed: Tensor, slope: Tensor, identity: Tensor) -> Sides:
@@ -153,12 +157,18 @@ def pulled(x: Damped, y: Damped, crossed: Tensor, slope: Tensor, identity: Tenso
     y_slope = (slope / y.total).clamp(min=LEAST_SLOPE)
     x_target = crossed + x.penalty * x_slope * identity
     y_target = crossed + y.penalty * y_slope * identity
-    return both_ways(x.divide(x_target), y.divide(y_target.mT).mT)
+    return both_ways(x, y, x_target, y_target)
 
 
-def both_ways(forth: Tensor, back: Tensor) -> Sides:
-    """Projections whose product is the sum of two regressions (v, w), each of length 1."""
-    return split_product(of_length_1(forth) + of_length_1(back))
+def both_ways(x: Damped, y: Damped, x_target: Tensor, y_target: Tensor) -> Sides:
+    """Projections whose product is the sum of two regressions, each scaled to norm 1.
+
+    The targets (v, w) take the place of XᵀY in the regression of texts on images, and the reverse.
+    """
+    forth = x.divide(x_target)
+    back = y.divide(y_target.mT)
+    product = of_length_1(forth) + of_length_1(back.mT)
+    return split_product(product)
 
 
 def of_length_1(matrix: Tensor) -> Tensor:
@@ -180,10 +190,12 @@ def split_product(product: Tensor) -> Sides:
     except torch.linalg.LinAlgError:  # float32 with many equal eigenvalues, as of unused dimensions
         left, right = split_product(product.double())
         return left.to(product), right.to(product)
-    squares, axes = rising.eigenvalues.flip(-1), rising.eigenvectors.flip(-1)
+    squares = rising.eigenvalues.flip(-1)
+    axes = rising.eigenvectors.flip(-1)
     values = squares.clamp(min=0).sqrt()
     roots = values.sqrt()
-    inverse = torch.where(values > 1e-6 * values.max(), 1 / roots, 0.0)
+    nonzero = values > 1e-6 * values.max()
+    inverse = torch.where(nonzero, 1 / roots, 0.0)
     left = product @ axes * inverse
-    right = axes * roots * (inverse > 0)
+    right = axes * roots * nonzero
     return left.mT, right.mT
