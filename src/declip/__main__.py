@@ -11,9 +11,8 @@ def main() -> None:
         warnings.simplefilter("ignore")
     # Searching for garbage by default takes a twelfth of the time in which torch and timm are imported
     gc.set_threshold(20_000)
-    from declip.cli.app import (
-        main as run,
-    )  # not before: some libraries warn while they are imported
+    # Not before: some libraries warn while they are imported
+    from declip.cli.app import main as run
 
     try:
         run()

@@ -5,13 +5,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import declip
 from conftest import TINY, WEIGHTS, refuses
 from declip.finetuning.wise_ft import ends_of
 from declip.interchange.declip_file import FILE, RECIPE, VERSION, write_declip_file
 from declip.models.hf_encoder import ENTRY
+from declip.models.image_tower import BatchNorm
 from declip.models.layers import IMAGE, TEXT, blocks, depths, freeze, is_frozen
 from declip.recipe.schema import Recipe
 from declip.runs.checkpoint import list_checkpoints, load_checkpoint, without_prefix
@@ -103,12 +103,12 @@ def test_frozen_batch_norm_stays_frozen_when_the_others_are_synchronized():
         model,
         [name for name, depth in depths(model).items() if name.startswith(IMAGE) and depth <= 1],
     )
-    every = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    every = {name for name, module in model.named_modules() if isinstance(module, BatchNorm)}
     frozen = {name for name, module in model.named_modules() if is_frozen(module)} & every
     assert 0 < len(frozen) < len(every)
     synchronize(model)
     model.train()
-    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, _BatchNorm)}
+    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, BatchNorm)}
     assert norms.keys() == every
     for name, norm in norms.items():
         still = name in frozen

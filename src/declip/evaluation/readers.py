@@ -34,21 +34,13 @@ from declip.evaluation.results import sample_per_class
 from declip.io.yaml_dialect import read_yaml
 
 Openers = Mapping[str, Callable[[], PairSource]]  # functions that open each split
-LABEL_NAMES = (
-    "label",
-    "class",
-    "class_name",
-    "category",
-)  # default names of the label column, in order of preference
+# Default names of the label column, in order of preference
+LABEL_NAMES = ("label", "class", "class_name", "category")
 LONGEST_LABEL = 1_000  # characters: a label is a name, not a text
 PETS_LISTS = {"train": "trainval.txt", "test": "test.txt"}
 SUN_LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
-SUN_PLACES = (
-    "SUN397",
-    "SUN397/Partitions",
-    "Partitions",
-    ".",
-)  # of the lists, which come in a separate archive
+# Of the lists, which come in a separate archive
+SUN_PLACES = ("SUN397", "SUN397/Partitions", "Partitions", ".")
 
 
 class Classified(Subset):

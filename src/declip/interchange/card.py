@@ -59,10 +59,8 @@ def without_folders(given: str) -> str:
         return given.partition("?")[0]
     path = re.sub(r"^(?:[\w-]+:)+", "", given)
     prefix = given.removesuffix(path)
-    if prefix in (
-        open_clip_model.PREFIX,
-        timm_weights.PREFIX,
-    ):  # the model's name comes before the file's
+    if prefix in (open_clip_model.PREFIX, timm_weights.PREFIX):
+        # The model's name comes before the file's
         model, slash, path = path.partition("/")
         prefix += model + slash
     return prefix + (Path(path).name or path)

@@ -179,10 +179,8 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
                 raise UserError(
                     f"'{out}' has '{others[0]}', which is not in the new export. Move it, or give another --out."
                 )
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # the latter is its one class for every trouble with a file
+    # The latter is its one class for every trouble with a file
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"Cannot write '{out}': {error}. Make room, or give another folder as --out."
         ) from error
@@ -198,9 +196,8 @@ def _compare(model: DualEncoder, form: Format, folder: Path) -> tuple[float | No
         by, encode_image, encode_text = form.read_back(folder)
     except ImportError as error:
         return None, error.name or form.library
-    except (
-        Exception
-    ) as error:  # a library raises any class for a folder that it does not understand
+    # A library raises any class for a folder that it does not understand
+    except Exception as error:
         raise UserError(
             f"{form.library} cannot read the export: {one_line(error, 200)} Report its recipe."
         ) from error

@@ -38,9 +38,8 @@ class ReadBack(NamedTuple):
     """An exported model as loaded by the library of its format."""
 
     by: str  # the library and its version
-    encode_image: Callable[
-        [Tensor], Tensor
-    ]  # normalized pixels (n, 3, S, S) → (n, d) features of any length
+    # Normalized pixels (n, 3, S, S) → (n, d) features of any length
+    encode_image: Callable[[Tensor], Tensor]
     # Token ids of declip (n, L) → (n, d) features of any length
     encode_text: Callable[[Tensor], Tensor] | None
 

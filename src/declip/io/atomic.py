@@ -34,11 +34,8 @@ FORBIDDEN = (
     errno.EFBIG,
     errno.EIO,
 )
-NO_LOCKS = (
-    errno.ENOLCK,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-)  # of flock, as on NFS without lockd and some of FUSE
+# Of flock, as on NFS without lockd and some of FUSE
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def cache_folder() -> Path:

@@ -70,13 +70,8 @@ def read_yaml(text: str) -> Any:
                     f"it has aliases, or more than {MAX_DEPTH} levels; write it out"
                 )
         return yaml.load(text, _Loader)  # a SafeLoader
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-    ) as error:  # a bad date, number …
+    # A bad date, number …
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise yaml.YAMLError(str(error)) from error
 
 

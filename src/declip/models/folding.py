@@ -4,11 +4,10 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from declip.models.dual_encoder import DualEncoder
-from declip.models.image_tower import ImageTower
+from declip.models.image_tower import BatchNorm, ImageTower
 
 TOLERANCE = 1e-5
 """Largest difference of a folded tower's features, relative to the largest feature."""
@@ -58,7 +57,7 @@ def _fold(parent: nn.Module) -> None:
         convolution = getattr(parent, previous, None)
         if (
             isinstance(convolution, nn.Conv2d)
-            and isinstance(child, _BatchNorm)
+            and isinstance(child, BatchNorm)
             and _fits(child, convolution)
         ):
             setattr(parent, previous, fuse_conv_bn_eval(convolution, child))
@@ -69,6 +68,6 @@ def _fold(parent: nn.Module) -> None:
         previous = name
 
 
-def _fits(norm: _BatchNorm, convolution: nn.Conv2d) -> bool:
+def _fits(norm: BatchNorm, convolution: nn.Conv2d) -> bool:
     """Whether a norm has running statistics of as many channels as a convolution."""
     return norm.running_mean is not None and norm.num_features == convolution.out_channels

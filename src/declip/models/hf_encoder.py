@@ -42,11 +42,8 @@ POOLINGS = {
 ENTRY = "text_tower._extra_state"
 """Name of the entry of a model's state that holds the encoder's configuration and tokenizer, as bytes of JSON."""
 
-OFFSET = (
-    "roberta",
-    "xlm-roberta",
-    "camembert",
-)  # architectures whose first position is the padding id + 1
+# Architectures whose first position is the padding id + 1
+OFFSET = ("roberta", "xlm-roberta", "camembert")
 KINDS = ("bert", *OFFSET, "distilbert")  # known architectures
 SIZES = {
     *(

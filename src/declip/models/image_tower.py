@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from declip.errors import UserError, unknown
 from declip.models.neighbors import matching_projection
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
 
 # Once per process, however often the tower is built
 warn_once = cache(logging.getLogger("declip").warning)
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+"""All batch norms; those of timm are derived from them, and `SharedBatchNorm` is."""
 
 OTHER_FILES = {
     "checkpoint_path",
@@ -140,7 +142,7 @@ class ImageTower(nn.Module):
         self.proj = nn.Linear(self.pre_logits_width, embed_dim, bias=pools_by_attention)
         nn.init.normal_(self.proj.weight, std=self.pre_logits_width**-0.5)
         self.token_width = int(self.trunk.num_features)
-        self.has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.modules())
+        self.has_batch_norm = any(isinstance(module, BatchNorm) for module in self.modules())
         if freeze_patch_embed:
             # MoCo v3's fixed random patch projection
             patches = getattr(getattr(self.trunk, "patch_embed", None), "proj", None)

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from declip.errors import check_installed
 from declip.models.dual_encoder import DualEncoder
+from declip.models.image_tower import BatchNorm
 from declip.models.text_tower import CausalSelfAttention
 from declip.recipe.schema import LoRA
 
@@ -70,7 +70,7 @@ def grad_checkpointing(tower: nn.Module) -> int:
     blocks = blocks_of(tower)
     for block in blocks:
         forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if any(isinstance(module, _BatchNorm) for module in block.modules()):
+        if any(isinstance(module, BatchNorm) for module in block.modules()):
             forward = partial(forward, context_fn=partial(_contexts, block))
         # Not a wrapper around the block, so that parameters keep their names
         vars(block)["forward"] = forward
@@ -90,7 +90,7 @@ def frozen_batch_norm_stats(block: nn.Module) -> Iterator[None]:
     buffers = [
         buffer
         for module in block.modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, BatchNorm)
         for buffer in module.buffers()
     ]
     before = [buffer.clone() for buffer in buffers]
@@ -104,10 +104,8 @@ def frozen_batch_norm_stats(block: nn.Module) -> Iterator[None]:
 # prefixes of the towers' parameter names in a `DualEncoder`
 IMAGE = "image_tower."
 TEXT = "text_tower."
-PROJECTIONS = (
-    "image_tower.proj.",
-    "text_tower.text_projection.",
-)  # prefixes of the projections into the shared space
+# Prefixes of the projections into the shared space
+PROJECTIONS = ("image_tower.proj.", "text_tower.text_projection.")
 STEM = re.compile(
     r"(?:trunk\.)?(?:transformer\.|encoder\.)?"
     r"(?:conv\d|bn\d|ln_pre|\w+_embedding|cls_emb|embeddings|embed_\w+|layernorm_embedding)"
@@ -170,10 +168,8 @@ def _counted(tower: nn.Module) -> dict[str, int]:
     return depth_of
 
 
-STEM_DROPOUTS = (
-    "pos_drop",
-    "patch_drop",
-)  # dropouts of timm's towers behind the patch embedding; they belong to it
+# Dropouts of timm's towers behind the patch embedding; they belong to it
+STEM_DROPOUTS = ("pos_drop", "patch_drop")
 
 
 def freeze(model: DualEncoder, names: Iterable[str]) -> None:
@@ -208,7 +204,7 @@ def keep_in_evaluation(model: DualEncoder, modules: Iterable[nn.Module]) -> None
     model.train(model.training)
     tower = model.image_tower
     tower.has_batch_norm = any(
-        isinstance(m, _BatchNorm) and not is_frozen(m) for m in tower.modules()
+        isinstance(m, BatchNorm) and not is_frozen(m) for m in tower.modules()
     )
 
 

@@ -8,7 +8,6 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from declip.errors import UserError, unknown
 from declip.models.device import computes_bf16
@@ -16,7 +15,7 @@ from declip.models.dual_encoder import DualEncoder
 from declip.models.encoder import Encoder
 from declip.models.fingerprint import PROBE, fingerprint
 from declip.models.folding import folded, inference_tower, noise
-from declip.models.image_tower import ImageTower
+from declip.models.image_tower import BatchNorm, ImageTower
 from declip.models.neighbors import NeighborProjection
 from declip.models.text_tower import AnyTextTower
 
@@ -132,11 +131,8 @@ def _checked(
     try:
         converted = _cast(tower, dtype)
         after = features(converted).float()
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # a tower of another library may fix a type
+    # A tower of another library may fix a type
+    except (RuntimeError, TypeError, ValueError) as error:
         problem = str(error).splitlines()[0]
     else:
         smallest = float(cosine_similarity(before.float(), after).min())
@@ -159,6 +155,6 @@ def _cast(tower: Tower, dtype: torch.dtype) -> Tower:
     """A copy in a type; what is left of batch norm stays float32, as variances may be far from 1."""
     copy = deepcopy(tower).requires_grad_(False).to(dtype)
     for module in copy.modules():
-        if isinstance(module, _BatchNorm | NeighborProjection):
+        if isinstance(module, BatchNorm | NeighborProjection):
             module.float()
     return copy

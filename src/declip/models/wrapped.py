@@ -17,12 +17,11 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError, check_installed
 from declip.models.hf_encoder import check_context
-from declip.models.image_tower import ImageTower, grid_tokens
+from declip.models.image_tower import BatchNorm, ImageTower, grid_tokens
 from declip.models.text_tower import AnyTextTower, SelfContained
 
 
@@ -152,7 +151,7 @@ class WrappedImageTower(ImageTower):
             self.token_width = int(
                 module.trunk.num_features if self.is_timm else module.ln_post.normalized_shape[0]
             )
-        self.has_batch_norm = any(isinstance(m, _BatchNorm) for m in self.modules())
+        self.has_batch_norm = any(isinstance(m, BatchNorm) for m in self.modules())
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images (B, 3, H, W) as pooled features (B, width) and tokens (B, P, width)."""

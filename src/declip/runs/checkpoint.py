@@ -40,9 +40,8 @@ class Checkpoint:
 
     step: int
     weights: dict[str, Tensor]  # "model.…", which `declip.load` reads
-    training: dict[
-        str, Tensor
-    ]  # "objective.…", "optimizer.…", "random.RANK.…": heads, moments by name, generators
+    # "objective.…", "optimizer.…", "random.RANK.…": heads, moments by name, generators
+    training: dict[str, Tensor]
     recipe: str  # resolved, as YAML
     # Versions, counts of skipped pairs, the best evaluation
     extra: dict[str, Any] = field(default_factory=dict)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from declip.data.batch import PairBatch
@@ -22,6 +21,7 @@ from declip.errors import UserError
 from declip.interchange.weights import Weights
 from declip.models.device import compiles
 from declip.models.dual_encoder import DualEncoder
+from declip.models.image_tower import BatchNorm
 from declip.models.layers import blocks_of, grad_checkpointing, is_frozen
 from declip.recipe.schema import Train
 from declip.runs.checkpoint import without_prefix
@@ -233,20 +233,20 @@ def shard_like(like: object, tensor: Tensor) -> Tensor:
 def synchronize(module: nn.Module) -> None:
     """Replace every batch norm that learns by one that is synchronized over all ranks; names and values stay."""
     for name, child in list(module.named_children()):
-        if not isinstance(child, _BatchNorm):
+        if not isinstance(child, BatchNorm):
             synchronize(child)
         elif not is_frozen(child):
             setattr(module, name, SharedBatchNorm(child))
 
 
-class SharedBatchNorm(_BatchNorm):
+class SharedBatchNorm(nn.BatchNorm1d):
     """Batch norm over all ranks, with the parameters and statistics of another; each rank has a pair.
 
     torch's `SyncBatchNorm` works on CUDA alone, and there it waits for the device three times a layer, since it looks
     for ranks without a row. This one never waits.
     """
 
-    def __init__(self, norm: _BatchNorm) -> None:
+    def __init__(self, norm: BatchNorm) -> None:
         super().__init__(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
         )

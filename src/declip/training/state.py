@@ -120,9 +120,8 @@ class RunState:
     optimizer: torch.optim.Optimizer
     loader: PairLoader  # batches of images and captions from the next step on
     workers: int  # number of loader processes
-    samples: Mapping[
-        str, list[str]
-    ]  # hashes of some training pairs and of each held-out set, see `sample_hashes`
+    # Hashes of some training pairs and of each held-out set, see `sample_hashes`
+    samples: Mapping[str, list[str]]
     progress: Progress = field(default_factory=Progress)
     lock: FileIO | None = None  # of the run folder, on rank 0
 
