@@ -34,17 +34,20 @@ def mean_in_blocks(
     size = max(1, BLOCK_BYTES // row_bytes)
     sums = []
     for start in range(0, rows, size):
-        block = (start, min(start + size, rows))
-        sums.append(checkpoint(loss, *block, use_reentrant=False, preserve_rng_state=False))
+        stop = min(start + size, rows)
+        block_sum = checkpoint(loss, start, stop, use_reentrant=False, preserve_rng_state=False)
+        sums.append(block_sum)
     return torch.stack(sums).sum() / rows
 
 
 def to_float32(x: Tensor) -> Tensor:
     """Convert to float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+    if x.dtype == torch.float64:
+        return x
+    return x.float()
 
 
-def scaled_similarity(rows: Tensor, keys: Tensor, scale: Tensor | float) -> Tensor:
+def scaled_similarity(rows: Tensor, keys: Tensor, scale: Scale) -> Tensor:
     """Logits (B, N) of rows (B, d) and keys (N, d), times a scale, in full precision even inside autocast."""
     with torch.autocast(rows.device.type, enabled=False):
         # The scale multiplies the rows, so that nothing of the product's size is kept for the backward pass.
@@ -81,7 +84,8 @@ def cross_entropy_to_keys(
         if ids is not None:
             own = ids[0][start:stop, None]
             others = ids[1]
-            kept = ((own != others) | (own == 0)).all(dim=-1) | positive
+            differs = (own != others) | (own == 0)  # (rows, N, k)
+            kept = differs.all(dim=-1) | positive
             # The smallest number, since -inf times a target of 0 is not a number.
             logits = logits.masked_fill(~kept, torch.finfo(logits.dtype).min)
         if smoothing:  # targets (rows, N) in place of numbers of keys (arXiv 1512.00567, section 7)
@@ -91,7 +95,8 @@ def cross_entropy_to_keys(
             positives = torch.lerp(positive.to(logits.dtype), uniform, smoothing)
         return F.cross_entropy(logits, positives, reduction="sum")
 
-    return mean_in_blocks(loss, len(rows), len(keys) * keys.itemsize, max_logit_bytes)
+    row_bytes = len(keys) * keys.itemsize
+    return mean_in_blocks(loss, len(rows), row_bytes, max_logit_bytes)
 
 
 def info_nce(
@@ -99,7 +104,7 @@ def info_nce(
     text: Tensor,
     image_keys: Tensor,
     text_keys: Tensor,
-    scale: Tensor | float,
+    scale: Scale,
     offset: int = 0,
     max_logit_bytes: float | None = None,
     smoothing: float = 0.0,
@@ -143,12 +148,15 @@ def sigmoid_loss(
         signs.diagonal(offset + start).fill_(1.0)
         return -F.logsigmoid(signs * logits).sum()
 
-    return mean_in_blocks(loss, len(image), len(text_keys) * text_keys.itemsize, max_logit_bytes)
+    row_bytes = len(text_keys) * text_keys.itemsize
+    return mean_in_blocks(loss, len(image), row_bytes, max_logit_bytes)
 
 
 def text_views(text: TextView) -> int:
     """The number of text views of losses that take two, where the recipe has two."""
-    return 1 if text.second_view == "none" else 2
+    if text.second_view == "none":
+        return 1
+    return 2
 
 
 class ContrastiveTerm(Term):
@@ -160,13 +168,17 @@ class ContrastiveTerm(Term):
         self.masks_duplicates = recipe.contrastive.duplicates == "mask"
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        return {"ids": require(encoded.batch.duplicate_ids)} if self.masks_duplicates else {}
+        if self.masks_duplicates:
+            return {"ids": require(encoded.batch.duplicate_ids)}
+        return {}
 
     def options(
         self, own: Rows, keys: Rows, similarity: Similarity, offset: int
     ) -> tuple[Any, ...]:
         """The arguments of the losses after the features."""
-        ids = (own.extra["ids"], keys.extra["ids"]) if self.masks_duplicates else None
+        ids = None
+        if self.masks_duplicates:
+            ids = (own.extra["ids"], keys.extra["ids"])
         return similarity.scale, offset, self.max_logit_bytes, self.smoothing, ids
 
     def chance(self, batch_size: int) -> float:
@@ -177,7 +189,8 @@ class Contrastive(ContrastiveTerm):
     """CLIP's loss between the contrastive view, or else the first view, and the caption."""
 
     needs = Needs(optional_views=frozenset({"contrastive"}))
-    reaches_all = compares_pairs = True
+    reaches_all = True
+    compares_pairs = True
     title = "contrastive loss"
     explanation = (
         "Picks the caption of each image, and the image of each caption, among those of the batch."
@@ -185,14 +198,16 @@ class Contrastive(ContrastiveTerm):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         features = own.images[0], own.texts[0], keys.images[0], keys.texts[0]
-        return info_nce(*features, *self.options(own, keys, similarity, offset))
+        options = self.options(own, keys, similarity, offset)
+        return info_nce(*features, *options)
 
 
 class Sigmoid(Term):
     """SigLIP's loss between the contrastive view, or else the first view, and the caption."""
 
     needs = Needs(optional_views=frozenset({"contrastive"}))
-    reaches_all = uses_bias = True
+    reaches_all = True
+    uses_bias = True
     title = "sigmoid loss"
     explanation = "Says of each image and each caption of the batch whether they belong together."
 

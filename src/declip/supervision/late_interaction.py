@@ -92,8 +92,8 @@ def late_interaction(
         def loss(start: int, stop: int) -> Tensor:
             positives = torch.arange(offset + start, offset + stop, device=tokens.device)
             own = None if mask is None else mask[start:stop]
-            logits = scale * token_similarity(tokens[start:stop], keys, own, key_mask)
-            return F.cross_entropy(logits, positives, reduction="sum")
+            cosines = token_similarity(tokens[start:stop], keys, own, key_mask)
+            return F.cross_entropy(scale * cosines, positives, reduction="sum")
 
         positions = tokens.shape[1] * len(keys)
         row_bytes = positions * torch.int64.itemsize
@@ -141,20 +141,23 @@ class LateInteraction(Term):
         return replace(cls.needs, whole_context=recipe.late_interaction.include_padding)
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
-        patches = require(encoded.outputs.patches)
-        words = require(encoded.outputs.text_tokens)
+        patches = self.patch_projection(require(encoded.outputs.patches))
+        words = self.word_projection(require(encoded.outputs.text_tokens))
         positions = torch.arange(words.shape[1], device=words.device)
         return {
-            "patches": F.normalize(to_float32(self.patch_projection(patches)), dim=-1),
-            "words": F.normalize(to_float32(self.word_projection(words)), dim=-1),
+            "patches": F.normalize(to_float32(patches), dim=-1),
+            "words": F.normalize(to_float32(words), dim=-1),
             "word_mask": positions < encoded.outputs.lengths[:, None],
         }
 
     def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        patches, words, mask = features.values()
-        if (top_k := self.section.top_k) is None:
+        top_k = self.section.top_k
+        if top_k is None:
             return features
-        counted = None if self.section.include_padding else mask
+        patches, words, mask = features.values()
+        counted = None
+        if not self.section.include_padding:
+            counted = mask
         best_patches, _ = select_tokens(patches, words, top_k, paired_mask=counted)
         best_words, mask = select_tokens(words, patches, top_k, mask=counted)
         return {"patches": best_patches, "words": best_words, "word_mask": mask}

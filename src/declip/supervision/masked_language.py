@@ -19,9 +19,11 @@ def chosen_rows(
 
     From states (B, L, w), labels (B, L), -100 elsewhere, and the positions (M,) among the B * L, if known.
     """
+    labels = labels.flatten()
     if mask_positions is None:  # waits for the device
-        mask_positions = (labels != IGNORED).flatten().nonzero().squeeze(1)
-    return words.flatten(0, 1)[mask_positions], labels.flatten()[mask_positions]
+        mask_positions = (labels != IGNORED).nonzero().squeeze(1)
+    masked_words = words.flatten(0, 1)[mask_positions]
+    return masked_words, labels[mask_positions]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor | float | None = None) -> Tensor:
@@ -53,8 +55,10 @@ class MaskedLanguage(Term):
 
     def features(self, encoded: Encodings) -> dict[str, Tensor]:
         logits = self.head(require(encoded.outputs.masked_tokens))
-        count = (require(encoded.batch.labels) != IGNORED).sum(dim=1).float()
-        return {"logits": logits, "targets": require(encoded.outputs.targets), "count": count}
+        targets = require(encoded.outputs.targets)
+        labels = require(encoded.batch.labels)
+        count = (labels != IGNORED).sum(dim=1).float()
+        return {"logits": logits, "targets": targets, "count": count}
 
     def keys(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"count": features["count"]}

@@ -35,7 +35,8 @@ def multi_view(
     losses = []
     for i, j in product(range(len(images)), range(len(texts))):
         if i or j:
-            losses.append(info_nce(images[i], texts[j], image_keys[i], text_keys[j], *options))
+            loss = info_nce(images[i], texts[j], image_keys[i], text_keys[j], *options)
+            losses.append(loss)
     return torch.stack(losses).mean()
 
 
@@ -55,4 +56,5 @@ class MultiView(ContrastiveTerm):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         features = own.augmented, own.texts, keys.augmented, keys.texts
-        return multi_view(*features, *self.options(own, keys, similarity, offset))
+        options = self.options(own, keys, similarity, offset)
+        return multi_view(*features, *options)

@@ -36,7 +36,8 @@ class Queue(nn.Module):
         super().__init__()
         self.size = size
         self.register_buffer("features", torch.zeros(size, width))
-        self.written = self.pointer = 0
+        self.written = 0
+        self.pointer = 0
 
     def __len__(self) -> int:
         return self.written
@@ -49,7 +50,8 @@ class Queue(nn.Module):
             for f in features: slot[pointer] = f / |f|; pointer = (pointer + 1) % size
         """
         # Of more rows than slots the last stay.
-        start = (self.pointer + max(len(features) - self.size, 0)) % self.size
+        skipped = max(len(features) - self.size, 0)
+        start = (self.pointer + skipped) % self.size
         last = features[-self.size :].to(self.features)
         rows = F.normalize(last, dim=-1)
         before_end = self.size - start
@@ -95,10 +97,10 @@ def neighbor_contrast(
     The official implementation's direction, from image to text; neighbors get no gradient.
     Image features are (V, B, d) of this rank, neighbors (T, N, d) of all ranks; others as `cross_entropy_to_keys`.
     """
-    losses = [
-        cross_entropy_to_keys(view, keys.detach(), scale, offset, max_logit_bytes, smoothing, ids)
-        for view, keys in product(images, neighbor_keys)
-    ]
+    options = (scale, offset, max_logit_bytes, smoothing, ids)
+    losses = []
+    for view, keys in product(images, neighbor_keys.detach()):
+        losses.append(cross_entropy_to_keys(view, keys, *options))
     return torch.stack(losses).mean()
 
 
@@ -117,7 +119,8 @@ class NearestNeighbor(ContrastiveTerm):
         section = recipe.nearest_neighbor
         self.queue = Queue(section.queue_size, recipe.embed_dim)
         self.own_queue = section.queue_per_process
-        self.process_state = ("queue.",) if self.own_queue else ()
+        if self.own_queue:
+            self.process_state = ("queue.",)
         self._pending: Tensor | None = None  # (T, n, d), written after the step
 
     @classmethod
@@ -137,7 +140,8 @@ class NearestNeighbor(ContrastiveTerm):
 
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         if self.training:
-            self._pending = own.texts.detach() if self.own_queue else keys.texts.detach()
+            pushed = own if self.own_queue else keys
+            self._pending = pushed.texts.detach()
         if len(self.queue) == 0:
             return own.images.sum() * 0.0  # nothing to find yet
         if self.own_queue:

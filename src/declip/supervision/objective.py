@@ -49,7 +49,8 @@ def active_terms(recipe: Recipe, terms: Terms = NO_TERMS) -> dict[str, type[Term
     """The losses with a weight above 0: those of `TERMS` in its order, then plugins and the caller's `terms`."""
     others = [name for name in recipe.loss_weights if name not in {*TERMS, *terms}]
     installed = plugins("losses") if others else {}
-    own = {name: load_plugin("losses", name) for name in others if name in installed} | dict(terms)
+    own = {name: load_plugin("losses", name) for name in others if name in installed}
+    own |= terms
     for name, term in own.items():
         is_term = isinstance(term, type) and issubclass(term, Term)
         if name in TERMS or not name.isidentifier() or not is_term:
@@ -95,7 +96,8 @@ class Objective(nn.Module):
     def __init__(self, recipe: Recipe, model: DualEncoder, terms: Terms = NO_TERMS) -> None:
         super().__init__()
         self.recipe = recipe
-        self.classes = active = active_terms(recipe, terms)
+        active = active_terms(recipe, terms)
+        self.classes = active
         self.weights = {name: recipe.loss_weights[name] for name in active}
         built = {name: term(recipe, model) for name, term in active.items()}
         self.terms = nn.ModuleDict(built)
@@ -137,7 +139,8 @@ class Objective(nn.Module):
             gather: (B, k) → (N, k), rows of all ranks, in rank order, with gradient; None: there is one rank.
             offset: Row of this rank's first pair in that order.
         """
-        return self.losses(self.run_towers(model, batch), model, batch, gather, offset)
+        outputs = self.run_towers(model, batch)
+        return self.losses(outputs, model, batch, gather, offset)
 
     def losses(
         self,
@@ -156,7 +159,8 @@ class Objective(nn.Module):
         # (B, …) each
         features = {name: _all_to_float32(term.features(encoded)) for name, term in terms}
         keys = {name: term.keys(features[name]) for name, term in terms}
-        gathered = own = Rows(outputs.views, images, texts, {})
+        own = Rows(outputs.views, images, texts, {})
+        gathered = own
         if gather is not None:
             keys = {name: term.pad_keys(keys[name]) for name, term in terms}
             # (V, N, d), (T, N, d) and (N, …), N pairs of all ranks
@@ -178,7 +182,8 @@ class Objective(nn.Module):
         pre_logits = any(need.pre_logits for need in self.needs)
         masked = any(need.masked for need in self.needs)
         # V · (B, 3, S, S) → (V, B, d)
-        images = encode_views(model, [view.pixels for view in batch.views.values()])
+        views = [view.pixels for view in batch.views.values()]
+        images = encode_views(model, views)
         captions, masked_at, lengths = self._captions(batch, masked)  # (T or T + 1, B, L)
         train = self.recipe.train
         buckets = train.length_buckets
@@ -238,9 +243,10 @@ class Objective(nn.Module):
 
 def _all_to_float32(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the outputs of heads, which run in autocast, to float32; integers and booleans stay."""
-    converted = {}
+    converted = dict(features)
     for name, feature in features.items():
-        converted[name] = to_float32(feature) if feature.is_floating_point() else feature
+        if feature.is_floating_point():
+            converted[name] = to_float32(feature)
     return converted
 
 
@@ -258,7 +264,8 @@ def gather_rows(
     # (B, k), split after the collective by the same widths
     packed = [_as_floats(rows, own.texts.dtype) for rows in tensors]
     widths = [rows.shape[1] for rows in packed]
-    columns = gather(torch.cat(packed, dim=1)).split(widths, dim=1)
+    of_all_ranks = gather(torch.cat(packed, dim=1))
+    columns = of_all_ranks.split(widths, dim=1)
     # (N, …) as they were before
     unpacked = map(_unpack, columns, tensors)
     images = next(unpacked).transpose(0, 1)
@@ -270,7 +277,7 @@ def gather_rows(
 
 
 def _as_floats(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = rows.flatten(1) if rows.ndim > 1 else rows.unsqueeze(1)
+    rows = rows.unsqueeze(-1).flatten(1)
     if rows.dtype == torch.int64:
         return rows.contiguous().view(dtype)
     return rows.to(dtype)
@@ -290,8 +297,9 @@ def encode_views(model: DualEncoder, views: Sequence[Tensor]) -> ImageFeatures:
     `pooled` and `pre_logits` have a leading axis of views; `tokens` are the first view's.
     """
     tower: ImageTower = model.image_tower
-    alone = model.training and tower.has_batch_norm
-    batches = views if alone else [torch.cat([*views])]
+    batches = views
+    if not (model.training and tower.has_batch_norm):
+        batches = [torch.cat([*views])]
     passes = [tower(pixels) for pixels in batches]
     # (V · B, k) → (V, B, k)
     shape = (len(views), -1)

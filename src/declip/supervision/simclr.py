@@ -35,21 +35,25 @@ def nt_xent(
     """
     normalized = [F.normalize(to_float32(x), dim=-1) for x in (z1, z2, keys1, keys2)]
     z1, z2, keys1, keys2 = normalized
+    scale = 1 / temperature
 
     def view(rows: Tensor, own_keys: Tensor, other_keys: Tensor) -> Tensor:
         def loss(start: int, stop: int) -> Tensor:
             positives = torch.arange(offset + start, offset + stop, device=rows.device)
-            others = scaled_similarity(rows[start:stop], other_keys, 1 / temperature)
-            same = scaled_similarity(rows[start:stop], own_keys, 1 / temperature)
+            others = scaled_similarity(rows[start:stop], other_keys, scale)
+            same = scaled_similarity(rows[start:stop], own_keys, scale)
             # (rows, 2N): the other view of all images, then the same view without the image itself
             itself = positives[:, None] == torch.arange(len(own_keys), device=rows.device)
             same = same.masked_fill(itself, -torch.inf)
             logits = torch.cat([others, same], dim=1)
             return F.cross_entropy(logits, positives, reduction="sum")
 
-        return mean_in_blocks(loss, len(rows), 2 * len(own_keys) * rows.itemsize, max_logit_bytes)
+        row_bytes = 2 * len(own_keys) * rows.itemsize
+        return mean_in_blocks(loss, len(rows), row_bytes, max_logit_bytes)
 
-    return (view(z1, keys1, keys2) + view(z2, keys2, keys1)) / 2
+    first = view(z1, keys1, keys2)
+    second = view(z2, keys2, keys1)
+    return (first + second) / 2
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -58,7 +62,8 @@ def mlp(*widths: int) -> nn.Sequential:
     for number, (width, out) in enumerate(pairwise(widths), 1):
         layers[f"linear{number}"] = nn.Linear(width, out)
         if number < len(widths) - 1:
-            layers |= {f"norm{number}": nn.BatchNorm1d(out), f"relu{number}": nn.ReLU()}
+            layers[f"norm{number}"] = nn.BatchNorm1d(out)
+            layers[f"relu{number}"] = nn.ReLU()
     return nn.Sequential(OrderedDict(layers))
 
 

@@ -18,8 +18,10 @@ def negative_cosine(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
         -½ mean over b of [ cos(p1[b], z2[b]) + cos(p2[b], z1[b]) ],  no gradient into z
     with predictions p and projections z (B, d) of both views, of any length.
     """
-    first = F.cosine_similarity(to_float32(p1), to_float32(z2.detach()), dim=-1)
-    second = F.cosine_similarity(to_float32(p2), to_float32(z1.detach()), dim=-1)
+    z1 = to_float32(z1.detach())
+    z2 = to_float32(z2.detach())
+    first = F.cosine_similarity(to_float32(p1), z2, dim=-1)
+    second = F.cosine_similarity(to_float32(p2), z1, dim=-1)
     return -(first.mean() + second.mean()) / 2
 
 
