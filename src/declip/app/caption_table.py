@@ -102,7 +102,9 @@ class CaptionFile(NamedTuple):
 
     @property
     def _line_end(self) -> bytes:
-        return b"\r\n" if self.lines[0].endswith(b"\r\n") else b"\n"
+        if self.lines[0].endswith(b"\r\n"):
+            return b"\r\n"
+        return b"\n"
 
     def _encode(self, cells: Cells) -> bytes:
         line = io.StringIO()
@@ -141,7 +143,8 @@ class CaptionTable:
 
     def __init__(self, path: Path, index: Index) -> None:
         check_table(path)
-        self.path, self.index = csv_path(path, "--caption"), index
+        self.path = csv_path(path, "--caption")
+        self.index = index
         check_files(index)
         paths = (resolve(one, index.folder) for one in index.paths())
         self._ids = dict(zip(paths, index.ids.tolist(), strict=True))

@@ -54,7 +54,8 @@ class Captioning:
     """The order of the images, what the tabs show, and the projections that are fitted to the captions so far."""
 
     def __init__(self, state: AppState, path: Path) -> None:
-        self.state, self.table = state, CaptionTable(path, state.index)
+        self.state = state
+        self.table = CaptionTable(path, state.index)
         self.captions = self.table.read()
         self.order = self._order()
         # How often a left-out caption and its image fit better than others, with a 95 % interval, after each fit, and
@@ -68,7 +69,8 @@ class Captioning:
 
     def _order(self) -> list[int]:
         """Captioned images in the order of the file, then those to caption: a table's by row, others by choice."""
-        index, order = self.state.index, list(self.captions)
+        index = self.state.index
+        order = list(self.captions)
         if index.info.source.path.lower().endswith(TABLE_KINDS):
             order += index.ids.tolist()
         elif len(order) < len(index):
@@ -164,7 +166,8 @@ class Captioning:
 
     def _next_commands(self) -> list[str]:
         """The commands that fine-tune on the captions, and search all images with the result."""
-        index, table = self.state.index, self.table.path
+        index = self.state.index
+        table = self.table.path
         source = resolve(index.info.source.path, index.folder)
         if os.path.isabs(source):
             source = os.path.relpath(source)

@@ -31,7 +31,8 @@ BARS = 40  # bars of the histogram
 NEAREST = 8  # nearest images of each image: larger groups are joined through several members
 # Of all captions, the worst share that is listed at first: so at most this share of right captions is listed, in any
 # set. A rank below 0.5 is listed only if it is asked for. Measured by benchmarks/wrong_pairs.py.
-LISTED, LOWEST_RANK = 0.02, 0.5
+LISTED = 0.02
+LOWEST_RANK = 0.5
 DIGITS = 3  # of a limit, as the page shows it
 LOWEST = 0.8  # cosine below which two images are never shown as near-duplicates
 # Images that are compared with each other, which takes about a minute on two cores
@@ -106,7 +107,8 @@ def _cosines(state: AppState) -> Iterator[tuple[int, str, float]]:
         )
     for start in range(0, len(captions), BLOCK):
         state.check_running()
-        ids, own = index.ids[start : start + BLOCK], captions[start : start + BLOCK]
+        ids = index.ids[start : start + BLOCK]
+        own = captions[start : start + BLOCK]
         images = index.vectors(ids)
         texts = index.vectors(ids, "captions")  # the mean of an image's captions
         several = list(chain.from_iterable(each for each in own if len(each) > 1))
@@ -125,13 +127,15 @@ def disagreeing(state: AppState, asked: PairsQuestion) -> dict[str, Any]:
     Captions with cosines are shown beside the caption nearest to the image.
     """
     agreement = state.once(compare_captions)
-    values, ranked = agreement.values, agreement.ranked
+    values = agreement.values
+    ranked = agreement.ranked
     limit = agreement.limit if asked.limit is None else asked.limit
     total = int((values > limit if ranked else values < limit).sum())
     page = slice(asked.start, min(asked.start + PAGE, total))
     ids = agreement.ids[page]
     rows = state.describe(ids)
-    captions, shown = agreement.captions[page], values[page].tolist()
+    captions = agreement.captions[page]
+    shown = values[page].tolist()
     for row, caption, value in zip(rows, captions, shown, strict=True):
         others = len(row["captions"]) - 1
         row |= {"captions": [printable(caption)], "others": others, "value": value}
@@ -185,7 +189,8 @@ class SimilarImages(NamedTuple):
 
 def find_similar(state: AppState) -> SimilarImages:
     """Compare the images of an index with each other."""
-    index, ids = state.index, state.index.ids
+    index = state.index
+    ids = state.index.ids
     if len(ids) > MOST_COMPARED:
         limit = f"the limit is {MOST_COMPARED:,}. Use `declip data inspect --all`."
         raise UserError(f"{len(ids):,} images are too many, {limit}")
@@ -196,7 +201,8 @@ def find_similar(state: AppState) -> SimilarImages:
         block = ids[start : start + QUERIES]
         # (q, NEAREST + 1) each, as every image is its own nearest
         found = index.nearest(index.vectors(block), NEAREST + 1)
-        near, cosines = found[0].numpy(), found[1].numpy()
+        near = found[0].numpy()
+        cosines = found[1].numpy()
         query_ids = np.repeat(block, near.shape[1]).reshape(near.shape)
         alike = (near != query_ids) & (cosines >= LOWEST)
         blocks.append((query_ids[alike], near[alike], cosines[alike]))
@@ -219,12 +225,14 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
 
     Pairs that have left the index since they were marked are omitted.
     """
-    index, saved = state.index, state.index.info.source
+    index = state.index
+    saved = state.index.info.source
     pairs = _marked_pairs(state, marked)
     if not pairs:
         raise UserError("The list is empty.")
     folder = os.path.relpath(index.folder.resolve())
-    drop, rest = Path(f"{folder}.drop.jsonl"), Path(f"{folder}{LIST_KIND}")
+    drop = Path(f"{folder}.drop.jsonl")
+    rest = Path(f"{folder}{LIST_KIND}")
     with state.reading:
         lines = [json.dumps(vars(pair)) + "\n" for pair in pairs]
         write_text(drop, "".join(lines), HINT)
@@ -248,10 +256,12 @@ def save_list(state: AppState, marked: Marked) -> dict[str, Any]:
 
 def _marked_pairs(state: AppState, marked: Marked) -> list[MarkedPair]:
     """The marked pairs in the order of the index, each with its worst caption if captions were compared."""
-    index, agreement = state.index, state.compared.get(compare_captions)
+    index = state.index
+    agreement = state.compared.get(compare_captions)
     worst: dict[int, tuple[str, float | None]] = {}  # caption and cosine, by image
     if agreement is not None:
-        ids, values = agreement.ids.tolist(), agreement.values.tolist()
+        ids = agreement.ids.tolist()
+        values = agreement.values.tolist()
         for id, caption, value in zip(ids, agreement.captions, values, strict=True):
             worst.setdefault(id, (caption, None if agreement.ranked else value))
     pairs = dict[int, MarkedPair]()

@@ -104,7 +104,8 @@ class Guard:
         if method not in ("GET", "HEAD") and headers.get("origin") not in ours:
             return PlainTextResponse("Only the pages of the app may send this request.", 403)
         # --- images and scripts that other sites load from here; links to here are allowed
-        site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")
+        site = headers.get("sec-fetch-site", "none")
+        mode = headers.get("sec-fetch-mode")
         if site not in ("same-origin", "none") and mode != "navigate":
             return PlainTextResponse("Pages of other sites may not load from this app.", 403)
         return None

@@ -80,7 +80,9 @@ def why(state: AppState, asked: WhyQuestion) -> dict[str, Any]:
 
 def _image_vector(state: AppState, asked: SearchQuestion) -> Tensor | None:
     if asked.vector is None:
-        return None if asked.id is None else state.index.vectors([asked.id])[0]
+        if asked.id is None:
+            return None
+        return state.index.vectors([asked.id])[0]
     vector = normalize(torch.tensor(asked.vector, dtype=torch.float32), dim=0)
     if len(vector) != state.index.info.dimension or not vector.isfinite().all():
         raise UserError("The image was encoded by another model. Choose it again.")

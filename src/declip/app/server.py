@@ -109,7 +109,9 @@ async def _answer(
     else:
         asked = question.model_validate({**request.query_params, **request.path_params})
     result = await run_in_threadpool(answer, state, asked)
-    return result if isinstance(result, Response) else JSONResponse(result)
+    if isinstance(result, Response):
+        return result
+    return JSONResponse(result)
 
 
 async def _upload(state: AppState, uploading: asyncio.Semaphore, request: Request) -> Response:
@@ -140,7 +142,8 @@ def _page(state: AppState, view: str, request: Request) -> Response:
 
 def _examples(state: AppState) -> list[str]:
     """Captions of images at equal distances."""
-    ids, captions = state.index.ids, dict[str, None]()
+    ids = state.index.ids
+    captions = dict[str, None]()
     for number in range(1, 2 * EXAMPLES, 2):
         row = state.index.row(ids[len(ids) * number // (2 * EXAMPLES)])
         if row.captions:
@@ -149,14 +152,17 @@ def _examples(state: AppState) -> list[str]:
 
 
 def _answer_error(request: Request, error: Exception) -> Response:
-    status, message = 400, str(error)
+    status = 400
+    message = str(error)
     if isinstance(error, HTTPException):
-        status, message = error.status_code, error.detail
+        status = error.status_code
+        message = error.detail
     elif isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         message = ": ".join([*map(str, first["loc"]), first["msg"]])
     elif not isinstance(error, UserError):
-        status, message = 500, "An unexpected error; see the terminal."
+        status = 500
+        message = "An unexpected error; see the terminal."
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": message}, status)
     return PlainTextResponse(message, status)

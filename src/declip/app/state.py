@@ -51,7 +51,8 @@ class AppState:
 
         Empty unless the model is a run that cross-validated at least half of the images.
         """
-        index, known = self.index, FittedRun(fit_folder(self.model_path)).caption_ranks
+        index = self.index
+        known = FittedRun(fit_folder(self.model_path)).caption_ranks
         ranks: dict[tuple[int, str], float] = {}
         if not known:
             return ranks
@@ -61,7 +62,9 @@ class AppState:
                 if (key, caption) in known:
                     ranks[id, caption] = known[key, caption]
         images = {id for id, _ in ranks}
-        return ranks if 2 * len(images) >= len(index) else {}
+        if 2 * len(images) >= len(index):
+            return ranks
+        return {}
 
     def once(self, compare: "Callable[[AppState], Any]") -> Any:
         """The result of a comparison of all images, which the first request computes while others wait."""

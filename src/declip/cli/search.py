@@ -401,5 +401,6 @@ def _print_result(result: Any, out: Path | None) -> None:
 def _print(prediction: Any) -> None:
     from declip.data.pair import printable
 
-    image, best = printable(prediction.image), printable(prediction.best)
+    image = printable(prediction.image)
+    best = printable(prediction.best)
     typer.echo(f"{image}\t{best}\t{prediction.probability:.4f}")

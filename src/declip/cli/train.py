@@ -84,7 +84,8 @@ def _print_results(run: Any) -> None:
     from declip.io.text import plural
 
     _print_measures(run)
-    seen, speed = run.step * run.recipe.train.batch_size, run.samples_per_second
+    seen = run.step * run.recipe.train.batch_size
+    speed = run.samples_per_second
     pace = f"{speed:,.0f} samples/s (median)" if speed else "speed not measured"
     counted = f"{plural(seen, 'sample')} seen in {plural(run.step, 'step')}"
     say(f"{run.recipe.name}, seed {run.recipe.seed}: {counted}, {pace}")
@@ -169,7 +170,8 @@ def _print_finetuned(run: Any) -> None:
     exported = run.folder / "exported"
     written = f"Exported: {exported} (the run has {mib})" if exported.is_dir() else ""
     say(f"Report: {run.report}. {written}".strip())
-    name, given = str(run.folder), ""
+    name = str(run.folder)
+    given = ""
     if isinstance(run, FittedRun) and run.name != name:  # a file runs only where it is named
         name = shlex.quote(run.name)
         given = f" --model {name}"
@@ -295,7 +297,8 @@ def compare(
     from declip.recipe.checks import read_counts
     from declip.recipe.load import parse_overrides
 
-    counts, recipes = read_counts(pairs), [word for word in words if "=" not in word]
+    counts = read_counts(pairs)
+    recipes = [word for word in words if "=" not in word]
     overrides = parse_overrides([word for word in words if "=" in word])
     from declip import api
     from declip.reports.comparison import summary

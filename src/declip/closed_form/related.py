@@ -36,7 +36,9 @@ def choose_neighbors(linear: Choice, data: FitData) -> Choice:
         return choice
     start = unchanged(linear.start_heads, linear.start)
     choice = with_neighbors(start, data)
-    return choice if improves(choice, data.groups) else start
+    if improves(choice, data.groups):
+        return choice
+    return start
 
 
 def with_neighbors(choice: Choice, data: FitData) -> Choice:

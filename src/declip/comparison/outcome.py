@@ -17,7 +17,9 @@ from declip.comparison.study import Study, Trial, read_study
 from declip.errors import UserError
 from declip.evaluation.results import Measure, Result, ZeroShotResult, read_result
 
-RUNS, RESULT, FAILURE = "runs", "result.json", "failure.txt"
+RUNS = "runs"
+RESULT = "result.json"
+FAILURE = "failure.txt"
 
 
 def folder_of(folder: Path, trial: Trial) -> Path:
@@ -67,7 +69,9 @@ class FactorAt:
     @property
     def factor(self) -> float | None:
         """B's pairs over A's."""
-        return None if self.needed is None else self.pairs / self.needed
+        if self.needed is None:
+            return None
+        return self.pairs / self.needed
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,9 @@ def _seed_logs(a: EfficiencyCurve, b: EfficiencyCurve, at: Sequence[FactorAt]) -
         # To first order, so that it exists where the curve of one seed does not reach the value:
         # the log factor of the means, plus the distance of the seed's two curves over the slope of A's mean curve.
         rows.append(log(one.factor) + (there - values) * step / rise)
-    return np.mean(rows, axis=0) if rows else None
+    if rows:
+        return np.mean(rows, axis=0)
+    return None
 
 
 def _pool(curve: EfficiencyCurve) -> np.ndarray:

@@ -56,7 +56,8 @@ class Variant:
 
     def changes(self, now: "Variant") -> str:
         """List up to three keys whose values differ in `now`, with both values."""
-        before, after = flat(self.resolved), flat(now.resolved)
+        before = flat(self.resolved)
+        after = flat(now.resolved)
         keys = [key for key in before | after if before.get(key) != after.get(key)]
         return "; ".join(f"{key} was {before.get(key)}, now {after.get(key)}" for key in keys[:3])
 

@@ -32,7 +32,9 @@ def pick_device(name: str) -> torch.device:
 def _fastest() -> str:
     if torch.cuda.is_available():
         return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
 
 
 def computes_bf16(device: torch.device) -> bool:

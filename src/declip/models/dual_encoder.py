@@ -74,8 +74,11 @@ class DualEncoder(nn.Module, Complete):
         used instead where the weights will be loaded anyway. A `WrappedModel` always gives both towers.
         """
         super().__init__()
-        self.recipe, image = recipe, recipe.image
-        self.published, self.float32_fingerprint, self.token_scorer = None, None, None
+        self.recipe = recipe
+        image = recipe.image
+        self.published = None
+        self.float32_fingerprint = None
+        self.token_scorer = None
         wrapped = isinstance(encoder, WrappedModel)
         self.has_image = wrapped or towers != "text"
         self.has_text = wrapped or towers != "image"
@@ -192,7 +195,8 @@ def _image_tower(recipe: Recipe) -> ImageTower:
 def _text_parts(
     recipe: Recipe, encoder: TextEncoder | None
 ) -> tuple[CaptionTokenizer, AnyTextTower]:
-    text, dim = recipe.text, recipe.embed_dim
+    text = recipe.text
+    dim = recipe.embed_dim
     if text.hf_model is not None:
         encoder = encoder or read_encoder(text.hf_model, text.pretrained)
         hf_tokenizer = HuggingfaceTokenizer(

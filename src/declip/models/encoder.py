@@ -180,7 +180,9 @@ class PlainEncoder(Complete):
     def device(self) -> torch.device:
         """Device of the first parameter, else the CPU."""
         weight = next(self.parameters(), None)
-        return torch.device("cpu") if weight is None else weight.device
+        if weight is None:
+            return torch.device("cpu")
+        return weight.device
 
     def _refuse_text(self, texts: Any) -> Tensor:
         raise NoTexts(
@@ -191,7 +193,9 @@ class PlainEncoder(Complete):
     def logit_scale(self) -> Tensor | None:
         """The object's, as it is now."""
         scale = getattr(self.model, "logit_scale", None)
-        return None if scale is None else torch.as_tensor(scale)
+        if scale is None:
+            return None
+        return torch.as_tensor(scale)
 
 
 def as_encoder(model: object) -> Encoder:

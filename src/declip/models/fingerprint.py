@@ -27,7 +27,8 @@ def fingerprint(model: Encoder, tensors: Mapping[str, Tensor] | None = None) -> 
         if model.float32_fingerprint is not None:
             return model.float32_fingerprint
         # equal weights may be applied in several ways
-        image, text = model.recipe.image, model.recipe.text
+        image = model.recipe.image
+        text = model.recipe.text
         digest.update(
             repr(
                 (image.model, image.model_kwargs, text.heads, text.activation, text.pooling)
@@ -60,7 +61,9 @@ def _holds(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
 
 def in_float32(tensor: Tensor) -> Tensor:
     """Convert floating point to float32; integers stay."""
-    return tensor.float() if tensor.is_floating_point() else tensor
+    if tensor.is_floating_point():
+        return tensor.float()
+    return tensor
 
 
 def hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -40,7 +40,9 @@ def folded(model: DualEncoder) -> ImageTower:
         copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
         after = copy(images).pooled
     difference = (before - after).abs().max()
-    return copy if difference <= TOLERANCE * before.abs().max() else tower
+    if difference <= TOLERANCE * before.abs().max():
+        return copy
+    return tower
 
 
 def noise(model: DualEncoder) -> Tensor:

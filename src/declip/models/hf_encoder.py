@@ -114,7 +114,8 @@ class BertBlock(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        width, inner = config["hidden_size"], config["intermediate_size"]
+        width = config["hidden_size"]
+        inner = config["intermediate_size"]
 
         def output(features: int) -> nn.ModuleDict:
             norm = nn.LayerNorm(width, config["layer_norm_eps"])
@@ -268,7 +269,8 @@ def quiet_transformers(problem: str, remedy: str = "") -> Iterator[Any]:
     import transformers
     from transformers.utils import logging as hf_logging
 
-    disabled, bars = logging.root.manager.disable, hf_logging.is_progress_bar_enabled()
+    disabled = logging.root.manager.disable
+    bars = hf_logging.is_progress_bar_enabled()
     logging.disable(logging.CRITICAL)
     hf_logging.disable_progress_bar()
     try:
@@ -357,7 +359,8 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         check_context(config, tokenizer.context)
         self.encoder: Any = encoder.build()
         self.stored = encoder.to_tensor()
-        self.padding, self.context = tokenizer.padding, tokenizer.context
+        self.padding = tokenizer.padding
+        self.context = tokenizer.context
         self.pooling = encoder.pooling or "cls" if text.pooling == "auto" else text.pooling
         if self.pooling not in POOLINGS.values():
             raise UserError(

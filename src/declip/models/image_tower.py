@@ -133,7 +133,8 @@ class ImageTower(nn.Module):
         if _pools_a_token(self.trunk) and isinstance(
             getattr(self.trunk, "norm", None), nn.LayerNorm
         ):
-            self.norm, self.trunk.norm = self.trunk.norm, nn.Identity()
+            self.norm = self.trunk.norm
+            self.trunk.norm = nn.Identity()
         # The projection, with CLIP's initialization
         self.pre_logits_width = int(self.trunk.head_hidden_size)
         pools_by_attention = isinstance(
@@ -268,7 +269,8 @@ def _warn_of_few_patches(name: str, size: int, usual: int) -> None:
 @torch.no_grad()
 def _start_vit(trunk: Any) -> None:
     """Draw the starting weights of DeCLIP's official ViT; timm's have 0.02 everywhere and biases of 0."""
-    scale, depth = trunk.embed_dim**-0.5, (2 * len(trunk.blocks)) ** -0.5
+    scale = trunk.embed_dim**-0.5
+    depth = (2 * len(trunk.blocks)) ** -0.5
     for parameter, std in ((trunk.cls_token, scale), (trunk.pos_embed, 0.01)):
         if parameter is not None:
             nn.init.normal_(parameter, std=std)

@@ -94,4 +94,6 @@ def compiled_encoder(
 
 def normalized(model: Any, pixels: Tensor) -> Tensor:
     """Normalize pixels (n, 3, S, S), unless they are normalized."""
-    return model.preprocessor.normalize(pixels) if pixels.dtype == torch.uint8 else pixels
+    if pixels.dtype == torch.uint8:
+        return model.preprocessor.normalize(pixels)
+    return pixels

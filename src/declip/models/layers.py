@@ -238,7 +238,8 @@ def merge_adapters(tuners: Iterable[Any]) -> None:
         for module in tower.modules():
             # See `_split_attention`
             if isinstance(module, CausalSelfAttention) and module.in_proj is not None:
-                layer, module.in_proj = module.in_proj, None
+                layer = module.in_proj
+                module.in_proj = None
                 module.in_proj_weight = nn.Parameter(layer.weight)
                 module.in_proj_bias = nn.Parameter(layer.bias)
 
@@ -263,7 +264,8 @@ def _adapt(tower: nn.Module, stem: set[str], lora: LoRA) -> Any:
     }
     layers = [name for name, module in fused.items() if module.in_proj_weight is not None]
     for name, module in tower.named_modules():
-        first, parent = name.split(".")[0], name.rpartition(".")[0]
+        first = name.split(".")[0]
+        parent = name.rpartition(".")[0]
         skipped = first in UNADAPTED or f"{name}.weight" in stem or parent in fused
         if not skipped and _adaptable(module):
             layers.append(name)
@@ -289,6 +291,7 @@ def _split_attention(tower: nn.Module) -> None:
         if isinstance(module, CausalSelfAttention):
             out, width = module.in_proj_weight.shape
             layer = nn.Linear(width, out, device="meta")
-            layer.weight, layer.bias = module.in_proj_weight, module.in_proj_bias
+            layer.weight = module.in_proj_weight
+            layer.bias = module.in_proj_bias
             del module.in_proj_weight, module.in_proj_bias
             module.in_proj = layer

@@ -101,7 +101,8 @@ def matching_projection(usual: nn.Module, tensors: Mapping[str, Tensor], width: 
 
     With neighbors, with class posteriors, linear in place of an identity, or the usual one.
     """
-    anchors, axes = tensors.get("anchors"), tensors.get("axes")
+    anchors = tensors.get("anchors")
+    axes = tensors.get("axes")
     inner = named_below(INNER, tensors)
     if anchors is not None and axes is not None and axes.ndim == 2 and "weight" in inner:
         linear = nn.Linear(width, len(inner["weight"]), bias="bias" in inner)

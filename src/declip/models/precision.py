@@ -37,7 +37,9 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     fp16 = device.type in ("cuda", "mps")
     if precision == "auto":
         fallback = torch.float16 if device.type == "cuda" else torch.float32
-        return torch.bfloat16 if bf16 else fallback
+        if bf16:
+            return torch.bfloat16
+        return fallback
     computed = {"fp32": True, "bf16": bf16, "fp16": fp16}
     if not computed[precision]:
         allowed = ", ".join(
@@ -60,7 +62,9 @@ def precision_of(model: Encoder) -> str:
         return ""
     names = {kind: name for name, kind in TYPES.items()}
     weight = next(whole.parameters(), None)
-    return "" if weight is None else names.get(weight.dtype, str(weight.dtype))
+    if weight is None:
+        return ""
+    return names.get(weight.dtype, str(weight.dtype))
 
 
 @torch.no_grad()
@@ -89,7 +93,9 @@ def _converted_image_tower(model: DualEncoder, dtype: torch.dtype, strict: bool)
     converted = _checked(
         "image", tower, dtype, before, lambda tower: tower(_like(images, tower)).pooled, strict
     )
-    return model.image_tower if converted is None else converted
+    if converted is None:
+        return model.image_tower
+    return converted
 
 
 def _converted_text_tower(model: DualEncoder, dtype: torch.dtype, strict: bool) -> AnyTextTower:
@@ -98,7 +104,9 @@ def _converted_text_tower(model: DualEncoder, dtype: torch.dtype, strict: bool) 
     converted = _checked(
         "text", model.text_tower, dtype, before, lambda tower: tower(tokens).pooled, strict
     )
-    return model.text_tower if converted is None else converted
+    if converted is None:
+        return model.text_tower
+    return converted
 
 
 @torch.no_grad()
@@ -112,7 +120,9 @@ def pooling_tower(model: DualEncoder, dtype: torch.dtype) -> ImageTower:
     converted = _checked(
         "image", tower, dtype, before, lambda tower: tower.pool(_like(images, tower)), strict=False
     )
-    return tower if converted is None else converted
+    if converted is None:
+        return tower
+    return converted
 
 
 def _checked(

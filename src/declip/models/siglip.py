@@ -17,7 +17,8 @@ from declip.models.wrapped import LibraryTextTower, WrappedModel
 
 MODEL_TYPE = "siglip"
 IMPOSSIBLE = "A SigLIP of these sizes cannot be built"
-TEXT_SECTION, IMAGE_SECTION = "text_config", "vision_config"
+TEXT_SECTION = "text_config"
+IMAGE_SECTION = "vision_config"
 
 COMMON = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -87,16 +88,21 @@ class SiglipTextTower(LibraryTextTower):
 
     def __init__(self, module: Any, tokenizer: WrappedTokenizer, stored: WrappedSiglip) -> None:
         super().__init__()
-        ids, rows = tokenizer.vocabulary, module.config.vocab_size
+        ids = tokenizer.vocabulary
+        rows = module.config.vocab_size
         if ids > rows:
             raise UserError(
                 f"The tokenizer has {ids:,} ids, but {TEXT_SECTION}.vocab_size is {rows:,}. Put the "
                 "model's own tokenizer.json beside its weights."
             )
-        self.wrapped, self.stored = stored, stored.to_tensor()
-        self.padding, self.end, self.context = tokenizer.padding, tokenizer.end, tokenizer.context
+        self.wrapped = stored
+        self.stored = stored.to_tensor()
+        self.padding = tokenizer.padding
+        self.end = tokenizer.end
+        self.context = tokenizer.context
         self.width = int(module.config.hidden_size)
-        self.text_projection, module.head = module.head, nn.Identity()
+        self.text_projection = module.head
+        module.head = nn.Identity()
         self.trunk = module
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

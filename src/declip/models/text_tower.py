@@ -120,7 +120,9 @@ class CausalSelfAttention(nn.Module):
         device = query.device.type
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not in_float):
             if in_float:
-                query, key, value = query.float(), key.float(), value.float()
+                query = query.float()
+                key = key.float()
+                value = value.float()
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         joined = mixed.to(dtype).transpose(1, 2).reshape(batch, length, width)
         return self.out_proj(joined)
@@ -160,7 +162,8 @@ class TextTower(AnyTextTower):
 
     def __init__(self, vocabulary: int, end: int, text: TextTowerConfig, embed_dim: int) -> None:
         super().__init__()
-        self.end, self.context = end, text.context_length
+        self.end = end
+        self.context = text.context_length
         self.width = width = text.width
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(self.context, width))
@@ -172,7 +175,8 @@ class TextTower(AnyTextTower):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection: nn.Linear = nn.Linear(width, embed_dim, bias=text.projection_bias)
         # CLIP's standard deviations
-        scale, depth = width**-0.5, (2 * text.layers) ** -0.5
+        scale = width**-0.5
+        depth = (2 * text.layers) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in blocks:

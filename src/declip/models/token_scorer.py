@@ -23,7 +23,8 @@ def token_similarity(
     one in each row. Costs 2·B·t·N·u·d operations; for the backward pass only the B·t·N positions of the maxima are
     kept, 8 bytes each.
     """
-    tokens, keys = _to_float32(tokens), _to_float32(keys)
+    tokens = _to_float32(tokens)
+    keys = _to_float32(keys)
     counted = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens)
     weight = (counted / counted.sum(dim=1, keepdim=True)).unsqueeze(-1)
     block = max(1, SCORES_AT_ONCE // (counted.numel() * keys.shape[1]))
@@ -113,4 +114,6 @@ class TokenScorer:
 
 def _to_float32(tensor: Tensor) -> Tensor:
     """Convert to float32; float64 stays."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.float()

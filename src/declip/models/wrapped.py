@@ -75,7 +75,8 @@ class WrappedOpenClip(WrappedModel):
         from open_clip import CustomTextCLIP
 
         config = deepcopy(dict(self.config))
-        vision, text = config["vision_cfg"], config["text_cfg"]
+        vision = config["vision_cfg"]
+        text = config["text_cfg"]
         name = vision.get("timm_model_name")
         if name is not None and (":" in name or not timm.is_model(name)):
             raise UserError(
@@ -131,7 +132,8 @@ class WrappedImageTower(ImageTower):
 
     def __init__(self, module: Any, embed_dim: int) -> None:
         nn.Module.__init__(self)
-        name, self.trunk = "proj", module
+        name = "proj"
+        self.trunk = module
         self.is_timm = hasattr(module, "trunk")
         self.timm_prefix = "trunk.trunk." if self.is_timm else None
         self.gives_tokens = not hasattr(module, "attnpool")  # one token per patch, unlike a ResNet
@@ -161,7 +163,9 @@ class WrappedImageTower(ImageTower):
                 self.trunk.trunk, features
             )
         out: Any = self.trunk(images)
-        return out if self.gives_tokens else (out, out.unsqueeze(1))
+        if self.gives_tokens:
+            return out
+        return (out, out.unsqueeze(1))
 
 
 class LibraryTextTower(SelfContained, AnyTextTower):
@@ -179,8 +183,12 @@ class WrappedTextTower(LibraryTextTower):
 
     def __init__(self, module: Any, tokenizer: WrappedTokenizer, stored: WrappedOpenClip) -> None:
         super().__init__()
-        self.trunk, self.wrapped, self.stored = module, stored, stored.to_tensor()
-        self.padding, self.end, self.context = tokenizer.padding, tokenizer.end, tokenizer.context
+        self.trunk = module
+        self.wrapped = stored
+        self.stored = stored.to_tensor()
+        self.padding = tokenizer.padding
+        self.end = tokenizer.end
+        self.context = tokenizer.context
         self._masks_padding = hasattr(module, "pooler")  # an encoder of Hugging Face
         # With the pooler output of the encoder open_clip omits the first token state.
         self.gives_tokens = not (

@@ -44,10 +44,12 @@ class ChosenImages:
 
     def summary(self) -> str:
         """What the images cover, and what was left out."""
-        total, chosen = len(self.index), len(self.images)
+        total = len(self.index)
+        chosen = len(self.images)
         sample = f"a random sample of {self.compared:,} of " if self.compared < total else ""
         parts = []
-        quarter, half = max(1, chosen // 4), max(1, chosen // 2)
+        quarter = max(1, chosen // 4)
+        half = max(1, chosen // 2)
         for step in dict.fromkeys((quarter, half, chosen)):
             parts.append(f"{percent(self.images[step - 1].score)} with {step:,}")
         images = f"{chosen:,} images of {sample}{total:,}, {self.known:,} captioned before"
@@ -125,7 +127,8 @@ def choose(
 
 def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> ChosenImages:
     """Choose images of an index, `known` (m, d) being the vectors of those with captions."""
-    ids, most = index.ids, max(MOST, SAMPLED * count)
+    ids = index.ids
+    most = max(MOST, SAMPLED * count)
     if len(ids) > most:
         sample = np.random.default_rng(seed).choice(ids, most, replace=False)
         ids = np.sort(sample)

@@ -29,7 +29,9 @@ def add_classes(vector: Tensor, text: str, text_model: Any, model: Callable[[], 
     """
     classes = classes_of(text, text_model)
     images = class_direction(model(), classes) if classes else None
-    return vector if images is None else normalize(vector + images.to(vector), dim=0)
+    if images is None:
+        return vector
+    return normalize(vector + images.to(vector), dim=0)
 
 
 def classes_of(query: str, model: Any) -> tuple[int, ...]:

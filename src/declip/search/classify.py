@@ -113,7 +113,9 @@ class Classifier:
         encode, width = joint_encoder(encoder)
         no_images = torch.empty(0, width + names.shape[1])
         given = Examples(no_images, torch.empty(0).long(), names, width)
-        skipped, groups, leaking = SkipCounter(), None, None
+        skipped = SkipCounter()
+        groups = None
+        leaking = None
         if source is not None:
             number = _numbers(known, source.class_names)
             how = Batching(batch_size, workers, progress)
@@ -134,7 +136,8 @@ class Classifier:
 
     def summary(self) -> str:
         """The examples, the settings, and what cross-validation says."""
-        head, none = self.head, sum(not count for count in self.counts)
+        head = self.head
+        none = sum(not count for count in self.counts)
         lines = [
             f"{sum(self.counts):,} examples of {len(self.counts) - none:,} classes, {none:,} more by name alone"
         ]
@@ -248,7 +251,8 @@ def _numbers(classes: tuple[str, ...], given: Any) -> np.ndarray:
         if first != number:
             both = f"'{printable(classes[first])}' and '{printable(name)}'"
             raise UserError(f"The classes {both} differ only in case or '_'. Rename one.")
-    found, strange = list[int](), list[str]()
+    found = list[int]()
+    strange = list[str]()
     for name in map(str, given):
         key = name.replace("_", " ").casefold()
         if key in numbers:

@@ -60,8 +60,10 @@ class Embedder:
         self.model = absolute(model)
         self.source = source and absolute(source)
         self.columns = columns
-        self.image, self.id = image, id
-        self.device, self.precision = device, precision
+        self.image = image
+        self.id = id
+        self.device = device
+        self.precision = precision
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Embed the rows of a batch, whose columns are lists or arrays.

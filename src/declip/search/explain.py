@@ -25,7 +25,9 @@ def anchor_names(where: str | Path) -> list[str]:
     """Captions of the known pairs of a fit, and names of known classes; empty for other models."""
     if starter.matches(str(where)):
         classes = read_start(str(where)).named_classes()
-        return [] if classes is None else list(classes.names)
+        if classes is None:
+            return []
+        return list(classes.names)
     folder = Path(where).expanduser()
     if not is_fitted(folder):
         return []
@@ -48,7 +50,8 @@ def resembled(
             "or the folder of `declip finetune`, and leave --why out for other models."
         )
     assert isinstance(model, DualEncoder)
-    image_side, text_side = sides[0].side, sides[1].side
+    image_side = sides[0].side
+    text_side = sides[1].side
     tokens = model.tokenize([text])
     of_text = model.text_tower.pool(tokens)[0].float().cpu()
     tower = model.image_tower
@@ -66,7 +69,8 @@ def resembled(
 def _sides(model: Encoder) -> tuple[NeighborProjection, NeighborProjection] | None:
     if not isinstance(model, DualEncoder):
         return None
-    image, text = model.image_tower.proj, model.text_tower.text_projection
+    image = model.image_tower.proj
+    text = model.text_tower.text_projection
     if isinstance(image, NeighborProjection) and isinstance(text, NeighborProjection):
         return image, text
     return None

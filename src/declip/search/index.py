@@ -95,8 +95,10 @@ class Index:
         precision: Precision = "fp32",
     ) -> None:
         self.folder = Path(folder).expanduser()
-        self._model_given, self._source_given = folder_or_name(model), source
-        self._device, self._precision = device, precision
+        self._model_given = folder_or_name(model)
+        self._source_given = source
+        self._device = device
+        self._precision = precision
         self._columns: dict[str, list[tuple[str, ...]]] = {}  # that were read
         self.info, self._store = open_index(self.folder)
 
@@ -139,7 +141,8 @@ class Index:
     @cached_property
     def model(self) -> Encoder:
         """The model that made the index; raises `UserError` if it cannot be loaded, or is another one."""
-        made_by, path = self.info.model, self._model_path()
+        made_by = self.info.model
+        path = self._model_path()
         model = loaded(path, self._device, self._precision)
         given = describe_model(model, path, self.folder)
         if given.fingerprint != made_by.fingerprint:
@@ -166,7 +169,9 @@ class Index:
     def _model_path(self) -> Any:
         """What was given as the model, by default the path in index.json."""
         given = self._model_given
-        return self.info.model.locate(self.folder) if given is None else given
+        if given is None:
+            return self.info.model.locate(self.folder)
+        return given
 
     def query(
         self,
@@ -349,7 +354,8 @@ class Index:
 
     def image(self, id: int) -> Image.Image:
         """Read an image from the source, RGB and upright; raises `UserError` if there is no such image any more."""
-        row, source = self.row(id), self._source
+        row = self.row(id)
+        source = self._source
         index = self._locate(row.key, row.index)
         try:
             return source[index].open().decoded()
@@ -370,7 +376,8 @@ class Index:
 
     def summary(self) -> str:
         """The contents of the index, and what was left out, a line each."""
-        info, files = self.info, self._store.files
+        info = self.info
+        files = self._store.files
         size = sum(files.values())
         made = f", computed in {info.precision}" if info.precision else ""
         lines = [
@@ -384,7 +391,8 @@ class Index:
 
     @cached_property
     def _source(self) -> ImageSource:
-        saved, given = self.info.source, self._source_given
+        saved = self.info.source
+        given = self._source_given
         if given is None:
             given = resolve(saved.path, self.folder)
             if not given or is_missing(given):
@@ -444,7 +452,8 @@ def nearest(
         best_ids = torch.cat([best_ids, own[columns]], dim=1)
         best = torch.cat([best, scores.gather(1, columns)], dim=1)
         order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
-        best_ids, best = best_ids.gather(1, order), best.gather(1, order)
+        best_ids = best_ids.gather(1, order)
+        best = best.gather(1, order)
     shown = int(best.isfinite().sum(1).min()) if n else 0
     return best_ids[:, :shown], best[:, :shown]
 

@@ -30,7 +30,9 @@ def language_note(text: str, model: Any) -> str:
     recipe = model.recipe
     if recipe is None or recipe.text.hf_model not in STARTS:
         return ""
-    return "" if seems_english(text, model.tokenizer) else NOTE
+    if seems_english(text, model.tokenizer):
+        return ""
+    return NOTE
 
 
 def seems_english(text: str, tokenizer: CaptionTokenizer) -> bool:

@@ -72,8 +72,10 @@ def _read(table: ParquetRows, *names: str) -> Iterator[list[Any]]:
 
 def _check(tables: Sequence[ParquetRows], made_by: ModelInfo) -> tuple[set[str], SkipCounter]:
     """Check ids and models; returns the precisions of the vectors, and broken rows by reason."""
-    seen, repeated = set[int](), set[int]()
-    precisions, skipped = set[str](), SkipCounter()
+    seen = set[int]()
+    repeated = set[int]()
+    precisions = set[str]()
+    skipped = SkipCounter()
     for table in tables:
         for ids, errors, models in _read(table, "id", "error", "model"):
             for id, error in zip(ids.to_pylist(), errors.to_pylist(), strict=True):
@@ -104,7 +106,8 @@ def _check(tables: Sequence[ParquetRows], made_by: ModelInfo) -> tuple[set[str],
 
 def _blocks(tables: Sequence[ParquetRows], dtype: str) -> Iterator[Block]:
     """The rows without an error, with their vectors."""
-    count, width = 0, 0
+    count = 0
+    width = 0
     for table in tables:
         for ids, cells, errors in _read(table, "id", "vector", "error"):
             usable = pa.array([not error for error in errors.to_pylist()], pa.bool_())

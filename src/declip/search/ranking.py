@@ -56,7 +56,9 @@ def near_copy(vectors: Tensor) -> float:
     others = torch.triu_indices(len(some), len(some), offset=1)
     cosines = (some @ some.mT)[others[0], others[1]]
     alike = len(cosines) > 1 and bool(cosines.median() > NEAR_COPY)
-    return NO_COPY if alike else NEAR_COPY
+    if alike:
+        return NO_COPY
+    return NEAR_COPY
 
 
 def distinct(

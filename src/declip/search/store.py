@@ -52,7 +52,9 @@ class IndexedImage:
     @property
     def caption(self) -> str:
         """The first caption; empty if there is none."""
-        return self.captions[0] if self.captions else ""
+        if self.captions:
+            return self.captions[0]
+        return ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Store:
 
     # The vectors stay mapped from the disk, and rows are decoded by groups.
     def __init__(self, folder: Path, info: IndexInfo) -> None:
-        self.folder, self._lock = folder, Lock()
+        self.folder = folder
+        self._lock = Lock()
         self.matrices: dict[Over, np.ndarray] = {}
         with self._reading():
             self._file = pq.ParquetFile(folder / ROWS, memory_map=True)

@@ -23,7 +23,8 @@ class IndexWriter:
     """Writes the rows and vectors of an index one block after another."""
 
     def __init__(self, folder: Path, info: IndexInfo) -> None:
-        self.folder, self.info = folder, info
+        self.folder = folder
+        self.info = info
         # Without compression and dictionaries: see `_check_layout` of the store
         options = {"compression": "NONE", "use_dictionary": False}
         self._table = pq.ParquetWriter(folder / ROWS, SCHEMA, **options)
@@ -103,7 +104,8 @@ def _differences(folder: Path, before: IndexInfo, now: IndexInfo) -> list[str]:
     changed = []
     if before.model.fingerprint != now.model.fingerprint:
         changed.append(f"the model was {before.model}, now {now.model}")
-    one, other = _options(folder, before), _options(folder, now)
+    one = _options(folder, before)
+    other = _options(folder, now)
     for key, value in one.items():
         if value != other[key]:
             changed.append(f"{key} was {value!r}, now {other[key]!r}")
