@@ -12,4 +12,6 @@ def asset(name: str) -> Traversable:
 
 def read_lines(name: str) -> list[str]:
     """The lines of a shipped text."""
-    return lzma.decompress(asset(f"{name}.xz").read_bytes()).decode().split("\n")
+    packed = asset(f"{name}.xz").read_bytes()
+    text = lzma.decompress(packed).decode()
+    return text.split("\n")

@@ -63,7 +63,9 @@ class View:
 
     def rows(self, start: int, stop: int) -> View:
         """Samples start to stop - 1, as views of the same memory."""
-        params = None if self.photometric is None else self.photometric[start:stop]
+        params = self.photometric
+        if params is not None:
+            params = params[start:stop]
         return View(self.pixels[start:stop], params)
 
 

@@ -81,7 +81,8 @@ class Assembler:
             return [text]
         if self.plan.text.second_view == "caption" and len(captions) > 1:
             other = int(generator.integers(len(captions) - 1))
-            return [text, captions[other + (other >= chosen)]]
+            other += other >= chosen
+            return [text, captions[other]]
         return [text, augment(text, generator)]
 
     def sample(self, index: int, epoch: int) -> _Sample:

@@ -30,14 +30,18 @@ class Order:
     """
 
     def __init__(self, source: PairSource, batch_size: int, seed: int, buffer: int | None) -> None:
-        buffer = SHUFFLE_BUFFER if buffer is None and source.remote else buffer
+        if buffer is None and source.remote:
+            buffer = SHUFFLE_BUFFER
         self.size = len(source)
         self.batch_size = batch_size
         self.seed = seed
         self.steps_per_epoch = self.size // batch_size  # complete batches
         self.buffered = buffer is not None
-        self.blocks = source.shards() if self.buffered else np.array([self.size])
-        self.groups = max(1, self.size // max(buffer or self.size, batch_size))
+        self.blocks = np.array([self.size])
+        if self.buffered:
+            self.blocks = source.shards()
+        group_size = max(buffer or self.size, batch_size)
+        self.groups = max(1, self.size // group_size)
         # Cache of the order of the current epoch, and of its current group, which the next step needs too
         self._layout: dict[int, Layout] = {}
         self._group: dict[tuple[int, int], np.ndarray] = {}
@@ -54,9 +58,11 @@ class Order:
         *_, borders = self.layout(epoch)  # (groups + 1,)
         lowest = np.searchsorted(borders, first, "right") - 1
         parts = []
-        for number in range(lowest, np.searchsorted(borders, last)):
+        end = np.searchsorted(borders, last)
+        for number in range(lowest, end):
             start = borders[number]
-            parts.append(self.group(epoch, number)[max(0, first - start) : last - start])
+            pairs = self.group(epoch, number)
+            parts.append(pairs[max(0, first - start) : last - start])
         return np.concatenate(parts)
 
     def layout(self, epoch: int) -> Layout:
@@ -77,8 +83,7 @@ class Order:
         if (epoch, group) in self._group:
             return self._group[epoch, group]
         if not self.buffered:
-            shared = self.size >= SHARED_FROM
-            order = self.shared_permutation(epoch) if shared else self.permutation(epoch)
+            order = self.shared_permutation(epoch)
         else:
             shards, cuts, _ = self.layout(epoch)
             starts = np.cumsum(self.blocks) - self.blocks
@@ -95,7 +100,9 @@ class Order:
         return self.generator(epoch).permutation(self.size)
 
     def shared_permutation(self, epoch: int) -> np.ndarray:
-        """Memory-map the order of an epoch, which one process of the machine computes."""
+        """The order of an epoch; that of many pairs is computed by one process of the machine and memory-mapped."""
+        if self.size < SHARED_FROM:
+            return self.permutation(epoch)
 
         def make() -> tuple[pa.Schema, list[pa.RecordBatch]]:
             batch = pa.record_batch({"pair": self.permutation(epoch)})

@@ -67,7 +67,10 @@ class BrokenPair(Exception):
         super().__init__(reason, self.key, self.detail)
 
     def __str__(self) -> str:
-        return f"{self.reason}: {self.key}" + (f" ({self.detail})" if self.detail else "")
+        text = f"{self.reason}: {self.key}"
+        if self.detail:
+            text += f" ({self.detail})"
+        return text
 
 
 class Origin(NamedTuple):
@@ -145,7 +148,9 @@ def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
     if not 0 <= index < ends[-1]:
         raise IndexError(f"pair {index} of {ends[-1]}")
     part = int(np.searchsorted(ends, index, "right"))
-    return part, index - int(ends[part - 1] if part else 0)
+    if part:
+        index -= int(ends[part - 1])
+    return part, index
 
 
 class OnDemand(Mapping[str, T]):
@@ -233,7 +238,10 @@ class SkipCounter:
         for reason, count in sorted(self.counts.items()):
             keys = ", ".join(self.examples[reason])
             detail = self.details.get(reason)
-            lines.append(f"{count:,} × {reason}, such as {keys}{f' ({detail})' if detail else ''}")
+            line = f"{count:,} × {reason}, such as {keys}"
+            if detail:
+                line += f" ({detail})"
+            lines.append(line)
         return lines
 
     def refuse(self, seen: int, allowed: float, name: str) -> None:
@@ -260,7 +268,9 @@ class SkipCounter:
 
 def as_texts(cell: Any, reason: str, key: str) -> list[str | None]:
     """The captions of a cell, one or a list of them; raises `BrokenPair` if one is not text."""
-    texts = list(cell) if isinstance(cell, list | tuple | np.ndarray) else [cell]
+    texts = [cell]
+    if isinstance(cell, list | tuple | np.ndarray):
+        texts = list(cell)
     if not all(text is None or isinstance(text, str) for text in texts):
         raise BrokenPair(reason, key, f"the caption is not text: {str(cell)[:40]}")
     return texts
@@ -269,7 +279,8 @@ def as_texts(cell: Any, reason: str, key: str) -> list[str | None]:
 def clean_captions(raw: Iterable[str | None], key: str, why: str = "") -> tuple[str, ...]:
     """Collapse white space and control characters; drop empty and repeated ones; `BrokenPair` says why none is left."""
     cleaned: dict[str, None] = {}
-    for number, text in enumerate(text or "" for text in raw):
+    for number, text in enumerate(raw):
+        text = text or ""
         if number >= MOST_CAPTIONS:
             raise BrokenPair("too many captions", key, f"more than {MOST_CAPTIONS:,}")
         if len(text) > LONGEST_CAPTION:
@@ -278,7 +289,8 @@ def clean_captions(raw: Iterable[str | None], key: str, why: str = "") -> tuple[
             )
         if not is_unicode(text):
             raise BrokenPair("invalid text", key, "half of a character that takes two code units")
-        if joined := on_one_line(text):
+        joined = on_one_line(text)
+        if joined:
             cleaned[joined] = None
     if not cleaned:
         raise BrokenPair("empty caption", key, why)

@@ -46,12 +46,16 @@ def plan_views(recipe: Recipe, needs: Sequence[Needs]) -> Plan:
                 "With views.image_second=false no loss can compare two views. Set their weights to 0."
             )
         wanted.discard("second")
-    names = [name for name in ("first", "second") if name == "first" or name in wanted]
+    names = ["first"]
+    if "second" in wanted:
+        names.append("second")
     specs = [ViewTransform(name, size, views.image, interpolation) for name in names]
     if views.contrastive_view is not None:
         # Losses that compare augmented views keep theirs; without one of them only this view is made.
         mild = ViewTransform("contrastive", size, views.contrastive_view, interpolation)
-        specs = [mild, *(specs if "second" in wanted else [])]
+        if "second" not in wanted:
+            specs = []
+        specs = [mild, *specs]
     masked = any(need.masked for need in needs) or bool(views.text.mask)
     return Plan(
         views=tuple(specs),

@@ -141,7 +141,9 @@ def opened(
             "unreadable image", key, f"damaged, or none of {', '.join(FORMATS)}"
         ) from error
     except (OSError, *DAMAGE) as error:
-        reason = "truncated image" if "truncated" in str(error).lower() else "unreadable image"
+        reason = "unreadable image"
+        if "truncated" in str(error).lower():
+            reason = "truncated image"
         raise BrokenPair(reason, key, f"{type(error).__name__}: {error}") from error
 
 
@@ -164,9 +166,10 @@ def check_file(path: Path, key: str) -> None:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
-        # str(error) repeats the path, which the key may be already
-        reason = getattr(error, "strerror", None) if str(path) == key else None
-        raise BrokenPair("missing image", key, reason or str(error)) from error
+        reason = str(error)
+        if str(path) == key:  # `reason` repeats it
+            reason = getattr(error, "strerror", None) or reason
+        raise BrokenPair("missing image", key, reason) from error
     if status.st_size > LARGEST_IMAGE:
         raise BrokenPair(
             "image too large", key, f"a file of {status.st_size:,} bytes, at most {LARGEST_IMAGE:,}"
@@ -179,7 +182,9 @@ def apply_exif(image: Image.Image) -> Image.Image:
     """Decode an opened image as RGB, turned by its EXIF orientation, transparent pixels over white."""
     image.load()
     turn = TURNS.get(orientation(image))
-    upright = rgb(image) if turn is None else rgb(image).transpose(turn)
+    upright = rgb(image)
+    if turn is not None:
+        upright = upright.transpose(turn)
     upright.info.clear()  # EXIF and XMP, by which it would be turned again when it is opened again
     return upright
 
@@ -240,12 +245,15 @@ class LazyJpeg(LazyImage):
         self._key = key
         self._stored = image.size
         self._turn = TURNS.get(orientation(image))
-        self.size = image.size[::-1] if self._turn in SIDEWAYS else image.size
+        self.size = image.size
+        if self._turn in SIDEWAYS:
+            self.size = image.size[::-1]
         self.scales = tuple(scale for scale in SCALES if min(image.size) >= SMALLEST_SCALED * scale)
 
     def pixels(self, scale: int = 1) -> np.ndarray:
         """See `LazyImage`; by simplejpeg if it is installed and accepts the file, else by Pillow."""
-        pixels = self._by_simplejpeg(*(-(-side // scale) for side in self._stored))
+        sides = [-(-side // scale) for side in self._stored]
+        pixels = self._by_simplejpeg(*sides)
         if pixels is None:
             with opened(self.content, self._key) as (image, _):
                 if scale > 1:
@@ -264,12 +272,15 @@ class LazyJpeg(LazyImage):
             stored_height, stored_width, colors, _ = simplejpeg.decode_jpeg_header(self.content)
             if (stored_width, stored_height) != self._stored or colors not in SAME_EVERYWHERE:
                 return None
-            least = {"min_width": width, "min_height": height}
-            whole = (width, height) == self._stored
-            pixels = simplejpeg.decode_jpeg(self.content, **({} if whole else least))
+            options = dict[str, int]()
+            if (width, height) != self._stored:
+                options = {"min_width": width, "min_height": height}
+            pixels = simplejpeg.decode_jpeg(self.content, **options)
         except (ValueError, MemoryError):
             return None
-        return pixels if pixels.shape == (height, width, 3) else None
+        if pixels.shape != (height, width, 3):
+            return None
+        return pixels
 
 
 class LazyFile(LazyImage):

@@ -67,15 +67,18 @@ def change_colors(images: Tensor, factors: Tensor, order: Tensor, gray: Tensor) 
     gray (n,). Equals the functions of `views.JITTER`, one after the other.
     """
     # Channels are separate (n, H, W), so that a compiler sees arithmetic alone and makes one kernel of it.
-    pixels = _Colors(*(images.float() / 255).unbind(dim=1))
+    scaled = images.float() / 255
+    pixels = _Colors(*scaled.unbind(dim=1))
     # --- the mean gray level before contrast; the pixels themselves are computed again below, not stored
     early = pixels
     before = torch.ones_like(gray)
     for step in range(len(JITTER) - 1):
-        before = before & (order[:, step] != CONTRAST)
-        changed = _change(early, order[:, step], factors, None)
+        operation = order[:, step]
+        before = before & (operation != CONTRAST)
+        changed = _change(early, operation, factors, None)
+        is_before = _each(before)
         both = zip(changed, early, strict=True)
-        early = _Colors(*[torch.where(_each(before), new, old) for new, old in both])
+        early = _Colors(*[torch.where(is_before, new, old) for new, old in both])
     level = _luma(early).mean(dim=(1, 2))
     # --- all operations
     for step in range(len(JITTER)):
@@ -98,9 +101,11 @@ def _change(pixels: _Colors, operation: Tensor, factors: Tensor, level: Tensor |
     """Apply to each image the operation (n,) with its factor; contrast requires the gray level (n,)."""
     factor = factors.gather(1, operation[:, None]).squeeze(1)
     # Brightness, contrast and saturation move a pixel away from, or towards, 0, the image's level or its own gray.
-    anchor = torch.where(_each(operation == SATURATION), _luma(pixels), 0.0)
+    is_saturation = _each(operation == SATURATION)
+    anchor = torch.where(is_saturation, _luma(pixels), 0.0)
     if level is not None:
-        anchor = torch.where(_each(operation == CONTRAST), _each(level), anchor)
+        is_contrast = _each(operation == CONTRAST)
+        anchor = torch.where(is_contrast, _each(level), anchor)
     anchor = anchor * _each(1 - factor)
     scale = _each(factor)
     is_hue = _each(operation == HUE)

@@ -43,12 +43,14 @@ class Preprocess:
 
     def __call__(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Preprocess n images of any size and mode, or one, to (n, 3, size, size) float32 on the host."""
-        images = [images] if isinstance(images, Image.Image) else images
+        if isinstance(images, Image.Image):
+            images = [images]
         shape = len(images), self.size, self.size, 3
         pixels = np.empty(shape, np.uint8)
         for row, image in enumerate(images):
-            ready = image.mode == "RGB" and not image.info  # as `decode` leaves it
-            pixels[row] = np.asarray(self.square(image if ready else apply_exif(image)))
+            if image.mode != "RGB" or image.info:  # `decode` leaves an image RGB, without info
+                image = apply_exif(image)
+            pixels[row] = np.asarray(self.square(image))
         channels_last = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return self.normalize(channels_last).contiguous()
 
@@ -72,8 +74,9 @@ class Preprocess:
         inner = (self.size, self.size)
         if not self.squash:
             inner = int(self.resize * height / short), int(self.resize * width / short)
-        writeable = pixels if pixels.flags.writeable else pixels.copy()
-        given = torch.from_numpy(writeable).permute(2, 0, 1)
+        if not pixels.flags.writeable:
+            pixels = pixels.copy()
+        given = torch.from_numpy(pixels).permute(2, 0, 1)
         if inner != (height, width):
             mode = self.filter.name.lower()
             given = F.interpolate(given[None], inner, mode=mode, antialias=True)[0]

@@ -64,4 +64,6 @@ def thumbnails_of(source: PairSource) -> Thumbnails:
 
 
 def _data_uri(image: Image.Image, kind: str, **options: int) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(encode(image, kind, **options)).decode()}"
+    content = encode(image, kind, **options)
+    text = base64.b64encode(content).decode()
+    return f"data:image/{kind};base64,{text}"

@@ -81,10 +81,12 @@ def _chunks(photometric: Tensor, limit: int) -> Iterator[_Chunk]:
         operations = tuple(number for number in order[rows[start]].tolist() if number >= 0)
         for first in range(start, stop, limit):
             members = rows[first : min(first + limit, stop)]
-            blurred = sigma[members][sigma[members] > 0]
+            sigmas = sigma[members]
+            blurred = sigmas[sigmas > 0]
             grays = np.flatnonzero(is_gray[members])
             own = np.ascontiguousarray(factors[members].T)
-            yield _Chunk(operations, *map(torch.from_numpy, (members, own, grays, blurred)))
+            arrays = (members, own, grays, blurred)
+            yield _Chunk(operations, *map(torch.from_numpy, arrays))
 
 
 def brightness(images: Tensor, factor: Tensor) -> None:
@@ -137,10 +139,12 @@ def blur(images: Tensor, sigma: Tensor) -> None:
     the outermost pixel.
     """
     distance = torch.arange(BLUR_RADIUS + 1, dtype=torch.float32)
-    taps = torch.exp(-0.5 * (distance / sigma.view(-1, 1)) ** 2)
+    in_sigmas = distance / sigma.view(-1, 1)
+    taps = torch.exp(-0.5 * in_sigmas**2)
     taps /= 2 * taps.sum(dim=1, keepdim=True) - 1
-    reach = min(BLUR_RADIUS, math.ceil(SIGMAS_KEPT * float(sigma.max())))
-    taps = taps.to(images.device, non_blocking=True)[:, None, None, None]
+    widest = float(sigma.max())
+    reach = min(BLUR_RADIUS, math.ceil(SIGMAS_KEPT * widest))
+    taps = _each(taps.to(images.device, non_blocking=True))
     both = torch.empty_like(images)
     for axis in (3, 2):
         pad = (reach, reach, 0, 0) if axis == 3 else (0, 0, reach, reach)
@@ -161,7 +165,7 @@ def _like(images: Tensor, values: tuple[float, ...]) -> Tensor:
 
 
 def _each(values: Tensor) -> Tensor:
-    """(n,) → (n, 1, 1, 1), a number for each image."""
+    """(n, ...) → (n, 1, 1, 1, ...), a number, or several, for each image."""
     return values[:, None, None, None]
 
 
@@ -210,7 +214,8 @@ class ViewTransform(NamedTuple):
         ratio_high = math.log(RATIO[1])
         for _ in range(CROP_ATTEMPTS):
             size, shape, across, down = generator.random(4).tolist()
-            area = width * height * (low + (high - low) * size)
+            share = low + (high - low) * size
+            area = width * height * share
             ratio = math.exp(ratio_low + (ratio_high - ratio_low) * shape)
             w = round(math.sqrt(area * ratio))
             h = round(math.sqrt(area / ratio))
@@ -224,12 +229,15 @@ class ViewTransform(NamedTuple):
             h = max(1, round(width / RATIO[0]))
         elif width / height > RATIO[1]:
             w = max(1, round(height * RATIO[1]))
-        return (width - w) // 2, (height - h) // 2, w, h
+        left = (width - w) // 2
+        top = (height - h) // 2
+        return left, top, w, h
 
     def sample_crop(self, width: int, height: int, generator: np.random.Generator) -> Crop:
         """Sample the crop of an image of this size, and whether it is flipped."""
         box = self.box(width, height, generator)
-        return Crop(*box, generator.random() < self.augmentation.hflip_prob)
+        flip = generator.random() < self.augmentation.hflip_prob
+        return Crop(*box, flip)
 
     def crop_and_resize(self, pixels: np.ndarray, crop: Crop) -> Tensor:
         """Crop, resize (antialiased) and maybe flip (H, W, 3) uint8 to (3, size, size) uint8."""
@@ -241,7 +249,9 @@ class ViewTransform(NamedTuple):
         view = F.interpolate(
             cropped, (self.size, self.size), mode=self.interpolation, antialias=True
         )
-        return (view.flip(-1) if flip else view)[0]
+        if flip:
+            view = view.flip(-1)
+        return view[0]
 
     def sample_params(self, generator: np.random.Generator) -> list[float]:
         """Sample the photometric parameters of a view, a row of `unpack_photometric`.
@@ -259,8 +269,10 @@ class ViewTransform(NamedTuple):
         factors.append(turns * (2 * turn - 1))
         is_jittered = jittered < options.color_jitter_prob
         is_gray = grayed < options.grayscale_prob
-        low, high = BLUR_SIGMA
-        sigma = low + (high - low) * spread if blurred < options.blur_prob else 0.0
+        sigma = 0.0
+        if blurred < options.blur_prob:
+            low, high = BLUR_SIGMA
+            sigma = low + (high - low) * spread
         return [*factors, *order, is_jittered, is_gray, sigma]
 
 

@@ -20,8 +20,10 @@ def describe_source(source: PairSource) -> str:
 
     For example "24 pairs of a.csv (captions: title)".
     """
-    captions = f" (captions: {source.captions_from})" if source.captions_from else ""
-    return f"{plural(len(source), 'pair')} of {source.name}{captions}"
+    text = f"{plural(len(source), 'pair')} of {source.name}"
+    if source.captions_from:
+        text += f" (captions: {source.captions_from})"
+    return text
 
 
 def refuse_broken(source: PairSource, allowed: float) -> None:
@@ -80,6 +82,9 @@ def _unknown_id(tokenizer: CaptionTokenizer) -> int:
     """The id of words that the vocabulary lacks; -1 for tokenizers that spell them in bytes."""
     named = getattr(tokenizer.library.model, "unk_token", None)
     for name in (named, "<unk>", "[UNK]"):
-        if name is not None and (number := tokenizer.library.token_to_id(name)) is not None:
+        if name is None:
+            continue
+        number = tokenizer.library.token_to_id(name)
+        if number is not None:
             return number
     return -1

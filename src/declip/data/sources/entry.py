@@ -41,7 +41,8 @@ class EntrySource(PairSource):
         """Where the image is stored."""
         content = self.content(key, entry)
         if isinstance(content, bytes):
-            return Origin("", 0, len(content), blake2b(content, digest_size=16).hexdigest())
+            digest = blake2b(content, digest_size=16).hexdigest()
+            return Origin("", 0, len(content), digest)
         if isinstance(content, Image.Image):
             return Origin()
         with suppress(OSError, ValueError):

@@ -86,7 +86,9 @@ def _property(root: ET.Element, name: str) -> Iterator[str]:
     for description in root.iter(f"{RDF}Description"):
         for element in description.iterfind(name):
             items = [*element.iterfind(f"*/{RDF}li")] or [element]
-            yield from (item.text for item in items if item.text and item.text.strip())
+            for item in items:
+                if item.text and item.text.strip():
+                    yield item.text
 
 
 def _iptc(image: ImageFile.ImageFile, key: str) -> dict[tuple[int, int], Any]:
@@ -178,8 +180,9 @@ class FolderSource(FileList):
                 )
             return clean_captions(content.decode("utf-8-sig").splitlines(), key)
         except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            captions = metadata_captions(image, key) if missing else []
+            captions = list[str]()
+            if isinstance(error, FileNotFoundError):
+                captions = metadata_captions(image, key)
             if any(captions):
                 return clean_captions(captions, key)
             raise BrokenPair("missing caption", key, str(error)) from error

@@ -70,7 +70,8 @@ class Header:
         if column is None:
             self.missing[given] = what
             return given
-        if (count := list(self.names).count(column)) > 1:
+        count = list(self.names).count(column)
+        if count > 1:
             columns = f"{count} columns named '{printable(column)}'"
             raise UserError(f"The table '{self.where}' has {columns}. Rename all but one.")
         return column
@@ -88,11 +89,16 @@ class Header:
                 warn_once(f"{problem} {remedy}")
             return {caption: (caption,)}
         captions = Captions()
-        for text in (given,) if isinstance(given, str) else given:
-            if text not in self.names and (read := BRACES.findall(text)):
+        if isinstance(given, str):
+            given = [given]
+        for text in given:
+            read = BRACES.findall(text)
+            if text in self.names:
+                captions[text] = (text,)
+            elif read:
                 captions[text] = tuple(read)
             else:
-                listed = [text] if text in self.names else map(str.strip, text.split(","))
+                listed = map(str.strip, text.split(","))
                 captions |= {name: (name,) for name in listed}
         for name in chain.from_iterable(captions.values()):
             self.column(name, ("",), "caption")
@@ -119,4 +125,7 @@ def read_captions(
                 pieces = BRACES.split(text)  # a text, a name, a text, a name … a text
                 pieces[1::2] = map(values.__getitem__, columns)
                 texts.append("".join(pieces))
-    return clean_captions(texts, key, f"no {', '.join(empty)}" if empty else "")
+    why = ""
+    if empty:
+        why = f"no {', '.join(empty)}"
+    return clean_captions(texts, key, why)

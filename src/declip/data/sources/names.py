@@ -17,7 +17,8 @@ def names_shards(word: str) -> bool:
     """Whether a word can only mean shards: a tar file, a URL or a pattern."""
     if is_url(word) or word.lower().endswith((".tar", ".tgz", ".tar.gz")):
         return True
-    return any(sign in word for sign in "*?[{") and not Path(word).expanduser().exists()
+    is_pattern = any(sign in word for sign in "*?[{")
+    return is_pattern and not Path(word).expanduser().exists()
 
 
 def is_url(word: str) -> bool:
@@ -32,7 +33,9 @@ def absolute(spec: str | Path) -> str:
     if path.exists():
         return str(path.resolve())
     is_pattern = names_shards(name) and not is_url(name)
-    return os.path.abspath(path) if is_pattern else name
+    if is_pattern:
+        return os.path.abspath(path)
+    return name
 
 
 def holds(folder: Path, ending: str) -> bool:
@@ -52,13 +55,18 @@ def expand(word: str) -> list[str]:
     if is_url(word):
         return _braces(word)
     shards: list[str] = []
-    for name in [word] if Path(word).expanduser().exists() else _braces(word):
+    names = [word]
+    if not Path(word).expanduser().exists():
+        names = _braces(word)
+    for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
             files = files_in(path, ".tar")
         else:
-            named = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
-            files = sorted(filter(os.path.isfile, named))
+            matches = [str(path)]
+            if not path.exists():
+                matches = glob.glob(str(path), recursive=True)
+            files = sorted(filter(os.path.isfile, matches))
         if not files:
             raise UserError(f"'{name}' does not exist. Fetch it, or name existing files.")
         shards += files
@@ -71,7 +79,8 @@ def _braces(word: str) -> list[str]:
     if braces is None:
         return [word]
     choices = braces[1].split(",")
-    if ends := RANGE.fullmatch(braces[1]):
+    ends = RANGE.fullmatch(braces[1])
+    if ends:
         first = int(ends[1])
         last = int(ends[2])
         if abs(last - first) >= MOST_SHARDS:
@@ -94,11 +103,14 @@ def stored_path(given: object, folder: Path) -> str:
 
 def relative(path: str, folder: Path) -> str:
     """A path as `stored_path` stores it, without resolving links; anything but an absolute path stays."""
+    if not os.path.isabs(path):
+        return path
     project = os.getcwd()
     target = str(folder.resolve())
-    if not os.path.isabs(path) or os.path.commonpath([path, target, project]) != project:
+    common = os.path.commonpath([path, target, project])
+    if common != project or path.startswith(target + os.sep):
         return path
-    return path if path.startswith(target + os.sep) else os.path.relpath(path, target)
+    return os.path.relpath(path, target)
 
 
 def resolve(path: str, folder: Path) -> str:

@@ -30,7 +30,9 @@ def held_out_sets(given: Any) -> list[Any]:
     if not isinstance(given, list | tuple):
         return [given]
     is_one = any(isinstance(item, Mapping | tuple) for item in given)
-    return [given] if is_one else list(given)
+    if is_one:
+        return [given]
+    return list(given)
 
 
 def name_sources(*given: Any) -> tuple[list[Any], Sources]:
@@ -43,7 +45,8 @@ def name_sources(*given: Any) -> tuple[list[Any], Sources]:
             name = f"{PREFIX}{type(item).__qualname__}({size})"
             while name in sources:
                 name += "+"
-            sources[name], names[index] = item, name
+            sources[name] = item
+            names[index] = name
     return names, sources
 
 
@@ -65,8 +68,10 @@ def open_source(
         ('a red square',)
     """
     # --- objects and names
+    if isinstance(spec, PairSource):
+        return spec
     if not isinstance(spec, str | Path):
-        return spec if isinstance(spec, PairSource) else ItemSource(spec, columns)
+        return ItemSource(spec, columns)
     text = str(spec)
     if text in sources:
         return open_source(sources[text], columns)
@@ -78,7 +83,8 @@ def open_source(
         return _open_with_plugin(text, columns)
     # --- tables, shards and folders
     path = Path(text).expanduser()
-    if (table := find_table(text)) is not None:
+    table = find_table(text)
+    if table is not None:
         return TableSource(table, columns)
     if names_shards(text) and text.lower().endswith(TABLE_KINDS):
         raise UserError(
@@ -148,7 +154,9 @@ def _origin_of(pair: Pair) -> Origin:
     """Where the image is stored; without a path if its name is not UTF-8, which no table can hold."""
     with suppress(BrokenPair):
         origin = pair.origin()
-        return origin if is_unicode(origin.path) else origin._replace(path="")
+        if not is_unicode(origin.path):
+            origin = origin._replace(path="")
+        return origin
     return Origin()
 
 

@@ -70,7 +70,8 @@ class ItemSource(EntrySource):
             self.cells = OnDemand({name: partial(self._texts, name) for name in names})
             if group:
                 numbers["group"] = partial(self._groups, group)
-            if split := by_lower_name(names).get(COLUMN):
+            split = by_lower_name(names).get(COLUMN)
+            if split:
                 numbers["split"] = partial(self._splits, split)
         elif columns.group is not None:
             raise MissingColumns(self.name, [], {columns.group: "group"})
@@ -111,10 +112,12 @@ class ItemSource(EntrySource):
         key = f"item {index}"
         cells = dict[str, Any]()
         if _is_row(item):
-            item, cells = item.get(self._image), item
+            cells = item
+            item = cells.get(self._image)
         elif isinstance(item, tuple | list) and len(item) == 2:
             columns = chain.from_iterable(self._captions.values())
-            item, cells = item[0], dict.fromkeys(columns, item[1])
+            item, captions = item
+            cells = dict.fromkeys(columns, captions)
         if isinstance(item, str | Path) and self._listed:
             key = str(item)
         return key, (item, cells)
@@ -131,14 +134,16 @@ class ItemSource(EntrySource):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str | Path) and str(image):
             path = Path(image).expanduser()
-            return (
-                path if self.root is None else image_below(self.root, str(path), key, follow=True)
-            )
+            if self.root is None:
+                return path
+            return image_below(self.root, str(path), key, follow=True)
         if is_pixels(image):
             return Image.fromarray(image)
         if isinstance(image, bytes | Image.Image):
             return image
-        reason = "missing image" if image is None or isinstance(image, str) else "unreadable image"
+        reason = "unreadable image"
+        if image is None or isinstance(image, str):
+            reason = "missing image"
         raise BrokenPair(
             reason, key, f"a {type(image).__name__}, not a PIL image, uint8 (H, W, 3) or path"
         )

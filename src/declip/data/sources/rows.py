@@ -50,21 +50,25 @@ def by_lower_name(columns: Sequence[str]) -> dict[str, str]:
 
 def cell_name(cell: Any) -> str:
     """A cell as the text that names a split, a group, a class or a path; empty for none, for NaN, and for a list."""
-    empty = (
-        cell is None or isinstance(cell, list | dict) or (isinstance(cell, float) and cell != cell)
-    )
-    return "" if empty else str(cell)
+    is_nan = isinstance(cell, float) and cell != cell
+    if cell is None or is_nan or isinstance(cell, list | dict):
+        return ""
+    return str(cell)
 
 
 def class_name(cell: Any, names: Sequence[str]) -> Any:
     """The name of the class that a cell numbers; other cells as they are."""
     is_number = isinstance(cell, int | np.integer) and 0 <= cell < len(names)
-    return names[int(cell)] if is_number else cell
+    if is_number:
+        return names[int(cell)]
+    return cell
 
 
 def label_text(cell: Any) -> str:
     """A cell as a part of a caption: a text, a number, or a list of these; empty for none, for NaN and for bytes."""
-    values = list(cell) if isinstance(cell, list | tuple | np.ndarray) else [cell]
+    values = [cell]
+    if isinstance(cell, list | tuple | np.ndarray):
+        values = list(cell)
     texts = list[str]()
     for value in values:
         if isinstance(value, np.generic):
@@ -81,7 +85,8 @@ def label_text(cell: Any) -> str:
 def label_names(rows: "TableRows", column: str) -> list[str]:
     """The names that Hugging Face's `datasets` stores for a column of class numbers; none for other files."""
     try:
-        names = json.loads(rows.metadata[b"huggingface"])["info"]["features"][column]["names"]
+        info = json.loads(rows.metadata[b"huggingface"])["info"]
+        names = info["features"][column]["names"]
         return [" ".join(name.split()) for name in names]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return []
@@ -169,7 +174,8 @@ class ParquetRows(TableRows):
             if size > most:
                 raise UserError(f"'{path}' is not read: its columns take more than {most:,} bytes.")
             # Rebuilt, since fields of the same type may differ in nullability and metadata.
-            yield pa.RecordBatch.from_arrays(batch.select(schema.names).columns, schema=schema)
+            arrays = batch.select(schema.names).columns
+            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
         if rows != count:
             raise UserError(f"'{path}' cannot be read: it says {count:,} rows and has {rows:,}.")
 

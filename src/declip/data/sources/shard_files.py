@@ -26,7 +26,8 @@ OPEN_FILES = 64  # local shards that a process keeps open; opening one on a netw
 LAYOUT = 5  # raised when the index of a shard changes its meaning
 COPIES = "shards/copies"  # folder of the cache
 REQUESTS = 16  # concurrent requests for the size of a shard
-TRIES, PAUSE = 3, 1.0  # of a request; seconds before the second try, twice as many before the third
+TRIES = 3  # of a request
+PAUSE = 1.0  # seconds before the second try, twice as many before the third
 RESTING = 60.0  # seconds before a shard that could not be fetched is tried again: each of its pairs would wait
 # WebDataset's and open_clip's file next to the shards with the number of pairs of each; its largest size in bytes.
 SIZES = "sizes.json"
@@ -65,7 +66,9 @@ class Shard(NamedTuple):
     @property
     def label(self) -> str:
         """The last part of the name, without a URL's query, which may be a signature."""
-        name = self.name.partition("?")[0] if self.remote else self.name
+        name = self.name
+        if self.remote:
+            name = name.partition("?")[0]
         return os.path.basename(name)
 
 
@@ -120,7 +123,9 @@ def look_up(url: str) -> list[Shard]:
     with _file_system(url) as (system, path):
         one_file = path.partition("?")[0].lower().endswith((".tar", ".gz", ".tgz"))
         if "*" in path or not one_file:
-            pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
+            pattern = path
+            if "*" not in path:
+                pattern = f"{path.rstrip('/')}/*.tar"
             globbed = system.glob(pattern, detail=True)
             files = {system.unstrip_protocol(name): info for name, info in sorted(globbed.items())}
         else:
@@ -166,7 +171,9 @@ def open_shard(shard: Shard) -> OpenFile:
     """Open a shard, or the copy of a remote one; raises `UnreadableShard`, and `UserError` if the disk is full."""
     try:
         # A copy is not kept open: it takes room on the disk until the last process closes it.
-        return _copy(shard) if shard.remote else open_local(shard)
+        if shard.remote:
+            return _copy(shard)
+        return open_local(shard)
     except OSError as error:
         raise UnreadableShard(f"{shard.name}: {error.strerror or error}") from error
 

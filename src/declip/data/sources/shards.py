@@ -101,10 +101,11 @@ class ShardSource(EntrySource):
         return self._read(key, entry, "image")
 
     def texts(self, key: str, entry: ShardEntry) -> tuple[str, ...]:
+        _, members = entry
         captions: list[str | None] = []
-        if "text" in entry[1]:
+        if "text" in members:
             captions.append(self._unicode(key, entry, "text"))
-        if "json" in entry[1]:
+        if "json" in members:
             try:
                 row: Any = json.loads(self._unicode(key, entry, "json"))
                 given = [row.get(name) for name in CAPTION_KEYS]
@@ -127,13 +128,15 @@ class ShardSource(EntrySource):
     def _read(self, key: str, entry: ShardEntry, member: str) -> bytes:
         """The bytes of a member that must be there, and not too large; raises `BrokenPair`."""
         shard, members = entry
-        is_image = member == "image"
-        most = LARGEST_IMAGE if is_image else LARGEST_TEXT
+        most = LARGEST_TEXT
+        reason = "caption too long"
+        if member == "image":
+            most = LARGEST_IMAGE
+            reason = "image too large"
         if member not in members:
             raise BrokenPair(f"missing {member}", key, "the shard has none of this key")
         at, size = members[member]
         if size > most:
-            reason = "image too large" if is_image else "caption too long"
             raise BrokenPair(reason, key, f"{member} of {size:,} bytes, at most {most:,}")
         try:
             content = open_shard(shard).read(size, at)
@@ -161,7 +164,9 @@ class ShardSource(EntrySource):
                 known = promised(os.path.dirname(shard.name))
             sizes.append(known.get(shard.label))
         unknown = [number for number, count in enumerate(sizes) if count is None]
-        at_once = AT_ONCE if self.remote else 1
+        at_once = 1
+        if self.remote:
+            at_once = AT_ONCE
         with ThreadPoolExecutor(at_once) as pool, pairs_bar(len(unknown) > MANY) as bar:
             indices = pool.map(open_index, [self._shards[number] for number in unknown])
             indexed = bar.track(indices, len(unknown), description="Indexing shards")
@@ -175,7 +180,8 @@ def open_index(shard: Shard) -> pa.Table:
     """The pairs of a shard, see `SCHEMA`, mapped from the cache."""
 
     def make() -> tuple[pa.Schema, list[pa.RecordBatch]]:
-        return SCHEMA, [make_index(open_shard(shard), shard.name)]
+        pairs = make_index(open_shard(shard), shard.name)
+        return SCHEMA, [pairs]
 
     return cached_table("shards/index", shard.state, make)
 
@@ -188,10 +194,12 @@ def make_index(file: OpenFile, name: str) -> pa.RecordBatch:
     try:
         for member, at, size in members(file):
             match = SAMPLE.fullmatch(member)
-            if match is None or match[2].lower() not in KINDS:
+            if match is None:
                 continue
             key = match[1]
             ending = match[2].lower()
+            if ending not in KINDS:
+                continue
             member = KINDS[ending]
             if member == "image" and images.setdefault(key, ending) != ending:
                 continue

@@ -39,9 +39,11 @@ def numbers_of(cells: pa.ChunkedArray, number_of: Callable[[Any], int], missing:
 
 def group_number(cell: Any) -> int:
     """A hash of a group's cell, 63 bits; 0 where the cell is empty."""
-    if not (name := cell_name(cell).strip()):
+    name = cell_name(cell).strip()
+    if not name:
         return 0
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    encoded = name.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(encoded, digest_size=8).digest()
     return int.from_bytes(digest) >> 1 | 1
 
 

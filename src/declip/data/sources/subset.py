@@ -50,7 +50,8 @@ class Subset(PairSource):
 
 def take(source: PairSource, count: int, seed: int) -> Subset:
     """Choose pairs without replacement, rising; a larger count keeps all that a smaller one chose."""
-    if count > (size := len(source)):
+    size = len(source)
+    if count > size:
         raise UserError(
             f"data.max_pairs={count}, but '{source.name}' has {size}. Ask for at most that many."
         )

@@ -127,13 +127,18 @@ class TableSource(EntrySource):
         rows = self._pairs[index].as_py()
         key, *_ = map(self._row_key, rows)
         image = self.table.column(0)[rows[0]]
-        path = None if is_bytes(image.type) else cell_value(image, key)
-        return path if path and isinstance(path, str) else key, rows
+        if not is_bytes(image.type):
+            path = cell_value(image, key)
+            if path and isinstance(path, str):
+                key = path
+        return key, rows
 
     def cell(self, key: str, row: int, column: str) -> Any:
         """The cell of a pair's row, or the name of the class that it numbers; raises `BrokenPair`."""
         cells = self._column(column)
-        value = b"" if is_bytes(cells.type) else cell_value(cells[row], key)
+        value = b""
+        if not is_bytes(cells.type):
+            value = cell_value(cells[row], key)
         return class_name(value, self._label_names[column])
 
     def texts(self, key: str, rows: list[int]) -> tuple[str, ...]:
@@ -145,12 +150,14 @@ class TableSource(EntrySource):
 
     def _groups(self, column: str) -> np.ndarray:
         """The group of each pair, by the cell of its first row."""
-        return numbers_of(self._column(column), group_number, 0)[self._rows[self._starts]]
+        numbers = numbers_of(self._column(column), group_number, 0)
+        return numbers[self._rows[self._starts]]
 
     def _splits(self, column: str) -> np.ndarray:
         """The split of each pair. A pair with rows in several is in the last: test before train."""
-        # In text files null is a row that cannot be read.
-        missing = UNKNOWN if isinstance(self.file, ParquetRows) else UNREADABLE
+        missing = UNREADABLE  # in text files null is a row that cannot be read
+        if isinstance(self.file, ParquetRows):
+            missing = UNKNOWN
         where = f"Column '{column}' of '{self.name}'"
         numbers = split_numbers(self._column(column), where, missing)
         return np.maximum.reduceat(numbers[self._rows], self._starts)
@@ -198,7 +205,8 @@ class TableSource(EntrySource):
             image = image.replace("\\", "/")  # written on Windows
         if self.confined:
             return image_below(self.root, image, key, follow=True)
-        return Path(os.path.normpath(self.root / os.path.expanduser(image)))
+        path = self.root / os.path.expanduser(image)
+        return Path(os.path.normpath(path))
 
     def _row_key(self, row: int) -> str:
         """The key of a row without an image; raises `BrokenPair` if the row is unreadable."""
@@ -232,11 +240,12 @@ def open_rows(path: str | Path) -> TableRows:
     path = Path(path).expanduser()
     if path.is_dir() or (not path.exists() and names_shards(str(path))):
         return ParquetRows(path)
-    if not path.is_file() or path.suffix.lower() not in KINDS:
+    ending = path.suffix.lower()
+    if not path.is_file() or ending not in KINDS:
         raise UserError(
             f"'{path.name}' is not a table of {', '.join(TABLE_KINDS)}. Save it as CSV in UTF-8."
         )
-    return KINDS[path.suffix.lower()](path)
+    return KINDS[ending](path)
 
 
 def find_table(spec: str | Path) -> Path | None:
@@ -245,13 +254,18 @@ def find_table(spec: str | Path) -> Path | None:
     path = Path(spec).expanduser()
     if path.is_dir():
         for name in METADATA:
-            if (path / name).is_file():
-                return path / name
-        return path if holds(path, ".parquet") and not holds(path, ".tar") else None
+            file = path / name
+            if file.is_file():
+                return file
+        if holds(path, ".parquet") and not holds(path, ".tar"):
+            return path
+        return None
     if path.suffix.lower() in KINDS and path.exists():
         return path
     several = names_shards(text) and text.lower().endswith(".parquet")
-    return path if several and not is_url(text) else None
+    if several and not is_url(text):
+        return path
+    return None
 
 
 def cell_value(cell: pa.Scalar, key: str) -> Any:
@@ -292,16 +306,22 @@ def _key_of(cell: pa.Scalar) -> bytes:
     """The hash of an image's bytes, else its path, else empty."""
     path = None
     if pa.types.is_struct(cell.type) and cell.is_valid:
-        path = cell["path"] if cell.type.get_field_index("path") >= 0 else None
+        if cell.type.get_field_index("path") >= 0:
+            path = cell["path"]
         cell = cell["bytes"]
-    if cell.is_valid and (content := cell.as_buffer()).size:
-        return hashlib.blake2b(content, digest_size=16).digest()
-    return path.as_buffer().to_pybytes() if path is not None and path.is_valid else b""
+    if cell.is_valid:
+        content = cell.as_buffer()
+        if content.size:
+            return hashlib.blake2b(content, digest_size=16).digest()
+    if path is not None and path.is_valid:
+        return path.as_buffer().to_pybytes()
+    return b""
 
 
 def has_values(kind: pa.DataType) -> bool:
     """Whether a column of this type holds strings or whole numbers."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     strings = (pa.string(), pa.large_string(), pa.string_view())
     return kind in strings or pa.types.is_integer(kind)
 

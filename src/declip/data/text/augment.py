@@ -30,9 +30,13 @@ def augment(caption: str, generator: np.random.Generator, alpha: float = 0.1) ->
         return caption
     operation = _below(3, generator)
     count = max(1, int(alpha * len(words)))
-    if operation == 2:
-        return " ".join(delete_words(words, alpha, generator))
-    return " ".join((replace_words, swap_words)[operation](words, count, generator))
+    if operation == 0:
+        changed = replace_words(words, count, generator)
+    elif operation == 1:
+        changed = swap_words(words, count, generator)
+    else:
+        changed = delete_words(words, alpha, generator)
+    return " ".join(changed)
 
 
 def in_other_script(caption: str) -> bool:
@@ -43,8 +47,8 @@ def in_other_script(caption: str) -> bool:
 def replace_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
     """Replace up to `count` different words by synonyms, which may be phrases, each wherever it stands."""
     parsed = [_parse(word) for word in words]
-    candidates = list(dict.fromkeys(core.lower() for _, core, _ in parsed))
-    candidates = [core for core in candidates if synonyms(core)]
+    cores = dict.fromkeys(core.lower() for _, core, _ in parsed)
+    candidates = [core for core in cores if synonyms(core)]
     replacements: dict[str, str] = {}
     while candidates and len(replacements) < count:
         core = candidates.pop(_below(len(candidates), generator))
@@ -116,7 +120,9 @@ def table() -> dict[str, str]:
 def synonyms(word: str) -> tuple[str, ...]:
     """Other words or phrases for a lower-case word in its form: plurals for "sofas", "-ing" for "jumping"."""
     joined = table().get(word)
-    return tuple(joined.split("|")) if joined else ()
+    if not joined:
+        return ()
+    return tuple(joined.split("|"))
 
 
 def _below(limit: int, generator: np.random.Generator) -> int:

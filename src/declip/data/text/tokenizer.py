@@ -73,7 +73,8 @@ class CaptionTokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids, with or without start and end; ids after the first end (padding) are ignored."""
         kept = [*takewhile(lambda token: token != self.end, map(operator.index, ids))]
-        if wrong := [token for token in kept if not 0 <= token < self.vocabulary]:
+        wrong = [token for token in kept if not 0 <= token < self.vocabulary]
+        if wrong:
             raise UserError(
                 f"Token id {wrong[0]} was given; this vocabulary has 0 to {self.vocabulary - 1}."
             )
@@ -81,8 +82,9 @@ class CaptionTokenizer(ABC):
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Encode one text or several as (n, L) int64, L the longest, rounded up to 8 and at most `context`."""
-        one = isinstance(texts, str) or not isinstance(texts, Iterable)
-        several: Any = [texts] if one else texts
+        several: Any = texts
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            several = [texts]
         rows = [self.encode(text) for text in several]
         if not rows:
             raise UserError("The tokenizer got no text; pass a string or a list of at least one.")
@@ -119,7 +121,8 @@ class Tokenizer(CaptionTokenizer):
 
     def __init__(self, context: int = 77, merges: int | None = None) -> None:
         super().__init__(context)
-        merges = _MERGES if merges is None else merges
+        if merges is None:
+            merges = _MERGES
         self._arguments = (context, merges)
         if not 0 <= merges <= _MERGES:
             raise UserError(
@@ -184,10 +187,14 @@ class _BytePairs:
             self.pieces.append(spelled.encode("latin-1"))
 
     def encode(self, word: str) -> tuple[int, ...]:
-        return self._cached(word) if len(word) <= _LONGEST_CACHED else self._encode(word)
+        if len(word) <= _LONGEST_CACHED:
+            return self._cached(word)
+        return self._encode(word)
 
     def _encode(self, word: str) -> tuple[int, ...]:
-        return tuple(self.library.encode(_PIECE.findall(word), is_pretokenized=True).ids)
+        pieces = _PIECE.findall(word)
+        encoding = self.library.encode(pieces, is_pretokenized=True)
+        return tuple(encoding.ids)
 
 
 _bpe = lru_cache(maxsize=4)(_BytePairs)
