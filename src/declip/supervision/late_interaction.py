@@ -91,7 +91,9 @@ def late_interaction(
     ) -> Tensor:
         def loss(start: int, stop: int) -> Tensor:
             positives = torch.arange(offset + start, offset + stop, device=tokens.device)
-            own = None if mask is None else mask[start:stop]
+            own = None
+            if mask is not None:
+                own = mask[start:stop]
             cosines = token_similarity(tokens[start:stop], keys, own, key_mask)
             return F.cross_entropy(scale * cosines, positives, reduction="sum")
 

@@ -106,7 +106,9 @@ class Objective(nn.Module):
         self.reads_pixels = any(term.reads_pixels for _, term in self.named_terms())
         # The first loss that compares images with captions, and beginnings of names of layers whose outputs are words
         comparing = [name for name, term in active.items() if term.compares_pairs]
-        self.watched = comparing[0] if comparing else None
+        self.watched = None
+        if comparing:
+            self.watched = comparing[0]
         layers = _names(active, "over_vocabulary")
         self.over_vocabulary = tuple(f"{layer}." for layer in layers)
         for name, tower in product(active, ("image_tower", "text_tower")):
@@ -230,7 +232,9 @@ class Objective(nn.Module):
 
     def _captions(self, batch: PairBatch, masked: bool) -> tuple[Tensor, int, Tensor | None]:
         """The sequences to encode (T or T + 1, B, L), which of them the language head reads, and their lengths."""
-        lengths = None if batch.lengths is None else batch.lengths.flatten()
+        lengths = None
+        if batch.lengths is not None:
+            lengths = batch.lengths.flatten()
         captions = batch.texts
         if batch.masked is not None and self.recipe.views.text.mask is not False:
             captions = torch.cat([batch.masked[None], captions[1:]])
