@@ -93,7 +93,9 @@ class DualEncoder(nn.Module, Complete):
                 self.tokenizer, self.text_tower = _text_parts(recipe, encoder)
         self.logit_scale = nn.Parameter(torch.tensor(recipe.logit_scale.init))
         bias = recipe.initial_bias
-        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+        self.logit_bias = None
+        if bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(bias))
         self.preprocessor = Preprocess(image.size, image.mean, image.std, **prepared)
 
     def _wrap(self, model: WrappedModel) -> None:
@@ -132,7 +134,8 @@ class DualEncoder(nn.Module, Complete):
 
         The features of `encode_image`, `encode_backbone` and `encode_text` have gradients in training mode only.
         """
-        return F.normalize(self._encode(images).pooled.float(), dim=-1)
+        pooled = self._encode(images).pooled
+        return F.normalize(pooled.float(), dim=-1)
 
     def encode_backbone(self, images: Tensor | Picture | Iterable[Picture]) -> Tensor:
         """Encode images as (n, width) float32, the pooled feature before the projection: for probes."""
@@ -145,7 +148,8 @@ class DualEncoder(nn.Module, Complete):
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise _unsuitable(tokens, "token ids (n, L), as `tokenize` returns them, or texts")
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-            return F.normalize(self.text_tower(tokens).pooled.float(), dim=-1)
+            pooled = self.text_tower(tokens).pooled
+            return F.normalize(pooled.float(), dim=-1)
 
     def _encode(self, images: Tensor | Picture | Iterable[Picture]) -> ImageFeatures:
         if not self.has_image:
@@ -159,7 +163,8 @@ class DualEncoder(nn.Module, Complete):
             )
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             # A model that was converted, as by model.bfloat16(), takes the preprocessing's float32 images too.
-            return self.image_tower(pixels.to(next(self.image_tower.parameters()).dtype))
+            dtype = next(self.image_tower.parameters()).dtype
+            return self.image_tower(pixels.to(dtype))
 
     def _check_text(self) -> None:
         if not self.has_text:

@@ -109,7 +109,9 @@ class PlainEncoder(Complete):
         self.own_preprocessor = own
         self.encode_backbone = getattr(model, "encode_backbone", None)
         tokenizer = getattr(model, "tokenizer", None)
-        self.tokenizer = tokenizer if isinstance(tokenizer, CaptionTokenizer) else None
+        self.tokenizer = None
+        if isinstance(tokenizer, CaptionTokenizer):
+            self.tokenizer = tokenizer
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized pixels → (n, d)."""
@@ -202,7 +204,8 @@ def as_encoder(model: object) -> Encoder:
     """Complete an object that has the first four methods of `Encoder`; raises `UserError` for others."""
     if isinstance(model, Complete):
         return cast(Encoder, model)
-    if missing := [f"`{name}`" for name in REQUIRED if not hasattr(model, name)]:
+    missing = [f"`{name}`" for name in REQUIRED if not hasattr(model, name)]
+    if missing:
         raise UserError(
             f"A model is what `declip.load` takes, a run folder, a file, a name, or an object with "
             f"{' and '.join(REQUIRED)}; {type(model).__name__} has no {' and no '.join(missing)}."

@@ -48,7 +48,8 @@ def fingerprint(model: Encoder, tensors: Mapping[str, Tensor] | None = None) -> 
     digest.update(str(tuple(pixels.shape)).encode())
     digest.update(pixels.cpu().numpy().tobytes())
     try:
-        digest.update(repr(model.tokenize([PROBE]).tolist()).encode())
+        ids = model.tokenize([PROBE]).tolist()
+        digest.update(repr(ids).encode())
     except NoTexts:
         digest.update(b"no text")
     return digest.hexdigest()

@@ -170,8 +170,10 @@ class TextEncoder:
     def to_tensor(self) -> Tensor:
         """Configuration and tokenizer as bytes, (n,) uint8."""
         tree = {"config": self.config, "tokenizer": self.tokenizer, "specials": self.specials}
-        tree |= {"pooling": self.pooling} if self.pooling is not None else {}
-        return torch.frombuffer(bytearray(json.dumps(tree), "utf-8"), dtype=torch.uint8)
+        if self.pooling is not None:
+            tree["pooling"] = self.pooling
+        content = json.dumps(tree)
+        return torch.frombuffer(bytearray(content, "utf-8"), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, stored: Tensor) -> "TextEncoder":
@@ -186,18 +188,17 @@ class TextEncoder:
 
     def build(self) -> nn.Module:
         """Build the encoder without its pooler, with the weights of `folder` or random ones."""
-        if self.filled_later and (self.config["model_type"], self.config.get("hidden_act")) == (
-            "bert",
-            "gelu",
-        ):
+        kind = self.config["model_type"]
+        is_bert = kind == "bert" and self.config.get("hidden_act") == "gelu"
+        if self.filled_later and is_bert:
             return Bert(self.config)  # which computes what transformers computes
         options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-        if self.config["model_type"] != "distilbert":  # which has no pooler
+        if kind != "distilbert":  # which has no pooler
             options["add_pooling_layer"] = False
         remedy = " Only safetensors are read, as save_pretrained(FOLDER) writes them; others can run code."
         problem = f"The text encoder in '{self.folder}' cannot be built"
         with quiet_transformers(problem, remedy if self.folder else "") as library:
-            config = _configuration(library, self.config["model_type"], self.config)
+            config = _configuration(library, kind, self.config)
             if self.folder is None:
                 return library.AutoModel.from_config(config, **options)
             options |= {
@@ -206,11 +207,13 @@ class TextEncoder:
                 "output_loading_info": True,
             }
             model, notes = library.AutoModel.from_pretrained(self.folder, config=config, **options)
-        if more := sorted(name for name in notes["unexpected_keys"] if ".layer." in name):
+        more = sorted(name for name in notes["unexpected_keys"] if ".layer." in name)
+        if more:
             raise UserError(
                 f"{CONFIG} has fewer layers than the weights in '{self.folder}', which hold '{more[0]}'."
             )
-        if missing := sorted(notes["missing_keys"]):
+        missing = sorted(notes["missing_keys"])
+        if missing:
             raise UserError(
                 f"The weights in '{self.folder}' lack '{missing[0]}' and {len(missing) - 1} more. Give the encoder's "
                 "own weights, or text.pretrained=false for random ones."
@@ -246,7 +249,8 @@ def read_encoder(given: str, pretrained: bool) -> TextEncoder:
         tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         definition = tokenizer.backend_tokenizer.to_str()
         specials = {special: getattr(tokenizer, f"{name}_id") for special, name in names.items()}
-        if lacking := [names[special] for special, number in specials.items() if number is None]:
+        lacking = [names[special] for special, number in specials.items() if number is None]
+        if lacking:
             raise ValueError(f"it has no {', '.join(lacking)}")
     return TextEncoder(config, definition, specials, folder if pretrained else None, pooling)
 
@@ -344,9 +348,11 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
     ) -> None:
         super().__init__()
         # Configuration and tokenizer may be a stranger's.
-        self.encoder_config = config = encoder.config
-        if str(config.get("model_type")) not in KINDS:
-            raise unknown("text encoder", str(config.get("model_type")), KINDS)
+        config = encoder.config
+        self.encoder_config = config
+        kind = str(config.get("model_type"))
+        if kind not in KINDS:
+            raise unknown("text encoder", kind, KINDS)
         if (
             tokenizer.vocabulary > config["vocab_size"]
             or tokenizer.padding != config["pad_token_id"]
@@ -361,7 +367,9 @@ class HuggingfaceTextTower(SelfContained, AnyTextTower):
         self.stored = encoder.to_tensor()
         self.padding = tokenizer.padding
         self.context = tokenizer.context
-        self.pooling = encoder.pooling or "cls" if text.pooling == "auto" else text.pooling
+        self.pooling: str = text.pooling
+        if text.pooling == "auto":
+            self.pooling = encoder.pooling or "cls"
         if self.pooling not in POOLINGS.values():
             raise UserError(
                 f"{POOLING} has an unknown pooling, {encoder.pooling}. Set text.pooling=mean, cls or eos."

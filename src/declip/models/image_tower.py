@@ -224,7 +224,8 @@ def _create(
         raise UserError(
             f"{error} A tower of your own must be registered with timm in this process: see CONTRIBUTING."
         )
-    if refused := OTHER_FILES & options.keys():
+    refused = OTHER_FILES & options.keys()
+    if refused:
         raise UserError(
             f"image.model_kwargs has {', '.join(sorted(refused))}, which would read a file. Leave it out."
         )

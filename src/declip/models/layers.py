@@ -36,17 +36,17 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     # Classes that occur at least twice, then those that hold nearly all parameters
     groups = [modules for modules in instances.values() if len(modules) > 1]
     sizes = [_parameters(modules) for modules in groups]
-    large = [
-        modules
-        for modules, size in zip(groups, sizes, strict=True)
-        if size >= NEARLY_ALL * max(sizes)
-    ]
+    large = []
+    for modules, size in zip(groups, sizes, strict=True):
+        if size >= NEARLY_ALL * max(sizes):
+            large.append(modules)
     many = [modules for modules in large if len(modules) > STAGES] or large
     # The outermost: most of them lie in no other
     inner = [_inner(group) for group in many]
     for group in many:
-        lies_inside = [sum(id(module) in ids for module in group) > len(group) / 2 for ids in inner]
-        if not any(lies_inside):
+        ids = {id(module) for module in group}
+        inside = [len(ids & of_others) for of_others in inner]
+        if max(inside) <= len(group) / 2:
             return group
     return []
 
@@ -130,7 +130,8 @@ def depths(model: DualEncoder) -> dict[str, int]:
 
 def blocks(depth_of: Mapping[str, int], tower: str) -> int:
     """Number of blocks of a tower, `IMAGE` or `TEXT`, from `depths`."""
-    return max((depth for name, depth in depth_of.items() if name.startswith(tower)), default=1) - 1
+    of_tower = [depth for name, depth in depth_of.items() if name.startswith(tower)]
+    return max(of_tower, default=1) - 1
 
 
 def _timm(tower: nn.Module, prefix: str) -> dict[str, int]:
@@ -153,7 +154,8 @@ def _counted(tower: nn.Module) -> dict[str, int]:
     names = [name for name, _ in tower.named_parameters()]
     block_of: dict[str, str] = {}  # by parameter
     for name in names:
-        if match := BLOCK.match(name):
+        match = BLOCK.match(name)
+        if match:
             block_of[name] = match[0]
     numbers = {
         block: number for number, block in enumerate(dict.fromkeys(block_of.values()), start=1)
@@ -183,12 +185,11 @@ def freeze(model: DualEncoder, names: Iterable[str]) -> None:
         if name in frozen:
             parameter.requires_grad_(False)
     for tower in (model.image_tower, model.text_tower):
-        learns = {
-            part: [p.requires_grad for p in part.parameters()]
-            for part in tower.modules()
-            if part is not tower
-        }
-        parts = [part for part, flags in learns.items() if flags and not any(flags)]
+        parts = []
+        for part in tower.modules():
+            learns = [parameter.requires_grad for parameter in part.parameters()]
+            if part is not tower and learns and not any(learns):
+                parts.append(part)
         stem: Any = getattr(getattr(tower, "trunk", None), "patch_embed", None)
         if stem in parts:
             parts += [

@@ -22,17 +22,19 @@ class PosteriorProjection(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Project pooled features (…, width) into the shared space, (…, d)."""
-        return PosteriorFeatures(self.classes, self.direction).features(pooled) @ self.weight.mT
+        features = PosteriorFeatures(self.classes, self.direction).features(pooled)
+        return features @ self.weight.mT
 
     def embed_classes(self) -> Tensor:
         """Project the classes into the shared space, (c, d)."""
-        return PosteriorFeatures(self.classes, self.direction).class_features() @ self.weight.mT
+        features = PosteriorFeatures(self.classes, self.direction).class_features()
+        return features @ self.weight.mT
 
     def linear(self) -> nn.Linear:
         """The projection without the posteriors: about as good as one that was fitted without them."""
-        linear = nn.Linear(len(self.direction), len(self.weight), bias=False)
+        width = len(self.direction)
+        linear = nn.Linear(width, len(self.weight), bias=False)
         # Training may add a part in the direction, which `forward` does not see.
-        linear.weight = nn.Parameter(
-            project_out(self.weight[:, : len(self.direction)].detach(), self.direction)
-        )
+        weight = project_out(self.weight[:, :width].detach(), self.direction)
+        linear.weight = nn.Parameter(weight)
         return linear.to(self.weight)

@@ -10,7 +10,8 @@ Prefix = str | tuple[str, ...]
 
 def named_below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, without it."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    own = only(prefix, tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in own.items()}
 
 
 def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -107,8 +107,11 @@ class TokenScorer:
         dtype = next(tower.parameters()).dtype
         tokens = tower(pixels.to(dtype)).tokens
         self.head.to(tokens.device)
-        patches = F.normalize(self.head.patch_projection(_to_float32(tokens)), dim=-1)
-        counted = None if self.count_padding else classes.any(dim=2)
+        patches = self.head.patch_projection(_to_float32(tokens))
+        patches = F.normalize(patches, dim=-1)
+        counted = None
+        if not self.count_padding:
+            counted = classes.any(dim=2)
         return token_similarity(patches, classes, key_mask=counted)
 
 

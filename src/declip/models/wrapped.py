@@ -84,7 +84,10 @@ class WrappedOpenClip(WrappedModel):
             )
         native = vision.get("image_size")
         text.pop("hf_model_name", None)  # it would be looked up, here or on the Hub
-        vision |= {"timm_model_pretrained": False} if name else {"image_size": size}
+        if name:
+            vision["timm_model_pretrained"] = False
+        else:
+            vision["image_size"] = size
         with tempfile.TemporaryDirectory() as folder:
             if self.encoder is not None:
                 (Path(folder) / "config.json").write_text(
@@ -135,7 +138,9 @@ class WrappedImageTower(ImageTower):
         name = "proj"
         self.trunk = module
         self.is_timm = hasattr(module, "trunk")
-        self.timm_prefix = "trunk.trunk." if self.is_timm else None
+        self.timm_prefix = None
+        if self.is_timm:
+            self.timm_prefix = "trunk.trunk."
         self.gives_tokens = not hasattr(module, "attnpool")  # one token per patch, unlike a ResNet
         if self.is_timm and not hasattr(module.head, "pool"):
             classifier = module.trunk.get_classifier()
@@ -158,14 +163,14 @@ class WrappedImageTower(ImageTower):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images (B, 3, H, W) as pooled features (B, width) and tokens (B, P, width)."""
         if self.is_timm:
-            features = self.trunk.trunk.forward_features(images)
-            return self.trunk.head(self.trunk.trunk.forward_head(features)), grid_tokens(
-                self.trunk.trunk, features
-            )
+            trunk = self.trunk.trunk
+            features = trunk.forward_features(images)
+            pooled = self.trunk.head(trunk.forward_head(features))
+            return pooled, grid_tokens(trunk, features)
         out: Any = self.trunk(images)
         if self.gives_tokens:
             return out
-        return (out, out.unsqueeze(1))
+        return out, out.unsqueeze(1)
 
 
 class LibraryTextTower(SelfContained, AnyTextTower):
@@ -197,7 +202,9 @@ class WrappedTextTower(LibraryTextTower):
         self.text_projection, self.projection = _detach_projection(
             module, "proj" if self._masks_padding else "text_projection"
         )
-        config = module.config if self._masks_padding else None
+        config = None
+        if self._masks_padding:
+            config = module.config
         if config is None:
             self.width = int(module.width)
         else:
