@@ -32,7 +32,9 @@ def read_classes(given: str | Path | Sequence[str]) -> list[str]:
     spaced = (" ".join(str(name).split()) for name in names)
     distinct = [name for name in dict.fromkeys(spaced) if name]
     if len(distinct) < 2:
-        only = f": {distinct[0]!r}" if distinct else ""
+        only = ""
+        if distinct:
+            only = f": {distinct[0]!r}"
         raise UserError(f"Give two classes or more, not {len(distinct)}{only}.")
     return distinct
 
@@ -55,7 +57,9 @@ def check_classes(
         raise UserError(
             f"There is no head '{head}'. Make one: declip classify MODEL IMAGES --examples … --save {head}."
         )
-    names = None if classes is None else read_classes(classes)
+    names = None
+    if classes is not None:
+        names = read_classes(classes)
     check_outputs((None if out is None else csv_path(out),), overwrite)
     return names
 

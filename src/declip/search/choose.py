@@ -46,7 +46,9 @@ class ChosenImages:
         """What the images cover, and what was left out."""
         total = len(self.index)
         chosen = len(self.images)
-        sample = f"a random sample of {self.compared:,} of " if self.compared < total else ""
+        sample = ""
+        if self.compared < total:
+            sample = f"a random sample of {self.compared:,} of "
         parts = []
         quarter = max(1, chosen // 4)
         half = max(1, chosen // 2)
@@ -65,10 +67,9 @@ class ChosenImages:
         """Write a table with a row for each image and an empty column for its caption."""
         check_files(self.index)
         with csv_table(out, CHOSEN, overwrite) as table:
-            table.writerows(
-                [image_cell(self.index, hit.id, out.parent), "", f"{hit.score:.4f}"]
-                for hit in self.images
-            )
+            for hit in self.images:
+                path = image_cell(self.index, hit.id, out.parent)
+                table.writerow([path, "", f"{hit.score:.4f}"])
 
 
 def choose(
@@ -105,7 +106,9 @@ def choose(
         3
     """
     check_range("count", count, 1)
-    path = None if out is None else csv_path(out)
+    path = None
+    if out is not None:
+        path = csv_path(out)
     check_outputs((path,), overwrite)
     if isinstance(images, str | Path) and find_table(images) is not None:
         columns = replace(columns, caption=None)
@@ -146,8 +149,10 @@ def choose_from(index: Index, count: int, known: Tensor, seed: int = 0) -> Chose
 
 def check_files(index: Index) -> None:
     """Raise a `UserError` unless a table can name the file of each image."""
-    named = [path.lower().endswith(EXTENSIONS) for path in index.paths()]
-    without = [row for row, has_name in enumerate(named) if not has_name]
+    without = []
+    for row, path in enumerate(index.paths()):
+        if not path.lower().endswith(EXTENSIONS):
+            without.append(row)
     if not without:
         return
     source = index.info.source.name
@@ -156,7 +161,8 @@ def check_files(index: Index) -> None:
             f"The images of '{source}' have no files that a table could name. Give a folder of images, "
             "or call declip.choose without `out`, which returns their keys."
         )
-    key = printable(index.row(index.ids[without[0]]).key)
+    first = index.row(index.ids[without[0]])
+    key = printable(first.key)
     raise UserError(
         f"{plural(len(without), 'file')} of '{source}' have names that are not UTF-8, such as '{key}', "
         "so no table can name them. Rename them, and run the command again."

@@ -28,7 +28,9 @@ def add_classes(vector: Tensor, text: str, text_model: Any, model: Callable[[], 
     for such a word.
     """
     classes = classes_of(text, text_model)
-    images = class_direction(model(), classes) if classes else None
+    if not classes:
+        return vector
+    images = class_direction(model(), classes)
     if images is None:
         return vector
     return normalize(vector + images.to(vector), dim=0)
@@ -58,7 +60,9 @@ def _table() -> dict[str, tuple[int, ...]]:
 def class_direction(model: Any, classes: tuple[int, ...]) -> Tensor | None:
     """Return the mean of classes as images, (d,) float32 of length 1 on the CPU; None without their classifier."""
     projection = model.image_tower.proj
-    classifier = projection.projection if isinstance(projection, NeighborProjection) else projection
+    classifier = projection
+    if isinstance(projection, NeighborProjection):
+        classifier = projection.projection
     if not isinstance(classifier, PosteriorProjection) or len(classifier.classes) != CLASSES:
         return None
     embedded = projection.embed_classes().float()[list(classes)]

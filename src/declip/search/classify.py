@@ -102,7 +102,9 @@ class Classifier:
             templates: A shipped template set, or sentences with ``{}`` for the class.
             columns: Of a table of examples. Images with equal cells in its `group` are left out together.
         """
-        source = None if examples is None else _open_examples(examples, label_column, columns)
+        source = None
+        if examples is not None:
+            source = _open_examples(examples, label_column, columns)
         known = tuple(classes or (source.class_names if source else ()))
         if len(known) < 2:
             raise UserError(
@@ -171,7 +173,9 @@ class Classifier:
         """Write a safetensors file; one that exists is replaced with `overwrite`."""
         head = self.head
         mixture = [(*form, factor) for form, factor in head.mixture.items()]
-        accuracy = None if head.accuracy is None else (head.accuracy.value, head.accuracy.n)
+        accuracy = None
+        if head.accuracy is not None:
+            accuracy = (head.accuracy.value, head.accuracy.n)
         stored = _Stored(
             classes=self.classes,
             counts=self.counts,
@@ -222,7 +226,9 @@ def _open_examples(
 ) -> LabeledSource:
     """Open labeled images: of folders of classes, or of a table where one of its columns is named."""
     columns = replace(columns, caption=None)
-    table = find_table(examples) if isinstance(examples, str | Path) else None
+    table = None
+    if isinstance(examples, str | Path):
+        table = find_table(examples)
     by_column = label_column is not None or columns.group is not None
     if isinstance(examples, str | Path):
         if table is None and columns.group is not None:
@@ -348,7 +354,9 @@ def classify(
     names = check_classes(classes, examples, head, out, overwrite=overwrite) or []
     prompts = read_templates(templates)[1]
     source = _open(images, replace(columns, caption=None, group=None))
-    path = None if out is None else csv_path(out)
+    path = None
+    if out is not None:
+        path = csv_path(out)
     classifier = Classifier.load(head) if isinstance(head, str | Path) else head
     if workers is None and not isinstance(images, str | Path):
         workers = 0  # the object may not work in another process
@@ -448,6 +456,7 @@ def _open(images: str | Path | PairSource | Items, columns: Columns) -> ImageSou
         names = [str(path)]
         if not path.exists():
             names = sorted(glob(str(path), recursive=True))
-        if files := [name for name in names if name.lower().endswith(EXTENSIONS)]:
+        files = [name for name in names if name.lower().endswith(EXTENSIONS)]
+        if files:
             images = files
     return open_images(images, columns)

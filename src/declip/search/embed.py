@@ -98,7 +98,9 @@ def embed(
     try:
         with new_index(folder, info) as writer:
             for rows, vectors in work.blocks():
-                means = _caption_vectors(encoder, rows, vectors.shape[1]) if captions else None
+                means = None
+                if captions:
+                    means = _caption_vectors(encoder, rows, vectors.shape[1])
                 writer.add(Block.of(rows, vectors, means, dtype))
             info.skipped = work.skipped.to_dict()
             if not info.rows:
@@ -154,7 +156,8 @@ class _Embedding:
             usable = [index for index in block if keys[index] in known]
             if usable:
                 rows = [self._row(index) for index in usable]
-                yield rows, stack_rows([known[keys[index]] for index in usable])
+                vectors = stack_rows([known[keys[index]] for index in usable])
+                yield rows, vectors
 
     def _key(self, index: int) -> bytes:
         """By where the image is and when it changed; by its pixels where that is unknown."""
@@ -184,7 +187,8 @@ def _caption_vectors(model: Encoder, rows: Sequence[IndexedImage], dimension: in
     texts = [text for row in rows for text in row.captions]
     means = torch.zeros(len(rows), dimension)  # sums first; lengths do not matter
     if texts:
-        owners = torch.repeat_interleave(torch.tensor([len(row.captions) for row in rows]))
+        counts = torch.tensor([len(row.captions) for row in rows])
+        owners = torch.repeat_interleave(counts)
         means.index_add_(0, owners, text_features(model, texts))
     return normalize(means, dim=-1)
 
@@ -226,9 +230,13 @@ def open_or_embed(
     encoder = loaded(model, device, precision)
     if folder is None:
         folder = _usual_folder(encoder, source, columns)
-    given = model if isinstance(model, str | Path) else ""
+    given: str | Path = ""
+    if isinstance(model, str | Path):
+        given = model
     known = Path(folder).expanduser()
-    before = IndexInfo.read(known) if is_index(known) else None
+    before = None
+    if is_index(known):
+        before = IndexInfo.read(known)
     if before is not None and columns.caption is None:
         columns = replace(columns, caption=before.source.columns.caption)
     captions = before is None or before.captions
@@ -244,7 +252,9 @@ def _usual_folder(
         raise UserError(
             "The images are a Python object, which has no path: give the folder of their index."
         )
-    read = "" if columns == DEFAULT else f" {columns}"
+    read = ""
+    if columns != DEFAULT:
+        read = f" {columns}"
     text = f"{fingerprint(encoder)} {absolute(source)}{read}"
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     name = Path(source).name.removeprefix("builtin:")

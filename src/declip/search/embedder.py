@@ -81,7 +81,8 @@ class Embedder:
             images = [source[index] for index in range(len(ids))]
         else:
             source = _open(self.source, self.columns)
-            if unknown := [index for index in ids if not 0 <= index < len(source)]:
+            unknown = [index for index in ids if not 0 <= index < len(source)]
+            if unknown:
                 raise UserError(
                     f"There is no image {unknown[0]} in '{source.name}': it has {len(source):,}, from 0 on."
                 )

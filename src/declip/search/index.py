@@ -157,7 +157,9 @@ class Index:
     def text_model(self) -> Encoder:
         """The model to encode texts with: without its image tower, if that would have to be loaded first."""
         is_loaded = "model" in vars(self) or not isinstance(self._model_given, str | Path | None)
-        read = None if is_loaded else read_text(self._model_path())
+        read = None
+        if not is_loaded:
+            read = read_text(self._model_path())
         if read is None:
             return self.model
         weights, tensors = read
@@ -184,9 +186,12 @@ class Index:
         words, picture = read_query(text, image, weights)
         vectors = []
         if words:
-            templates = ["{}"] if template is None else read_templates(template)[1]
+            templates = ["{}"]
+            if template is not None:
+                templates = read_templates(template)[1]
             vector = class_features(self.text_model, [words], templates)[0]
-            if note := language_note(words, self.text_model):
+            note = language_note(words, self.text_model)
+            if note:
                 log.warning(note)
             vectors.append(add_classes(vector, words, self.text_model, lambda: self.model))
         if picture is not None:
@@ -249,7 +254,9 @@ class Index:
             columns = {name: self.column(name) for name in where}
             ids = torch.from_numpy(matching(columns, where))
             vectors = vectors[ids]
-        groups = None if group is None else self.column(group)
+        groups = None
+        if group is not None:
+            groups = self.column(group)
         # --- all images, the best first; those without captions have vectors of zeros
         scores = products(query[None], vectors)[0]  # (n,)
         if over == "captions":
@@ -349,8 +356,9 @@ class Index:
     def known_names(self) -> list[str]:
         """Captions of the pairs and names of the classes that the model compares with; may be empty."""
         given = self._model_given
-        by_name = isinstance(given, str | Path)
-        return anchor_names(given if by_name else self.info.model.locate(self.folder))
+        if not isinstance(given, str | Path):
+            given = self.info.model.locate(self.folder)
+        return anchor_names(given)
 
     def image(self, id: int) -> Image.Image:
         """Read an image from the source, RGB and upright; raises `UserError` if there is no such image any more."""
@@ -379,13 +387,16 @@ class Index:
         info = self.info
         files = self._store.files
         size = sum(files.values())
-        made = f", computed in {info.precision}" if info.precision else ""
+        made = ""
+        if info.precision:
+            made = f", computed in {info.precision}"
         lines = [
             f"{len(self):,} images, {info.dimension} numbers each in {info.dtype}{made}, {size / 1e6:,.1f} MB"
         ]
         lines += [f"Left out: {line}" for line in SkipCounter.from_dict(info.skipped).lines()]
         counts = pc.list_value_length(self._store.column("captions"))
-        if uncaptioned := counts.to_pylist().count(0):
+        uncaptioned = counts.to_pylist().count(0)
+        if uncaptioned:
             lines.append(f"Without caption: {uncaptioned:,}")
         return "\n".join([*lines, f"Files: {', '.join(map(str, files))}"])
 

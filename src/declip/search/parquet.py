@@ -35,7 +35,8 @@ def index_parquet(
     given = [files] if isinstance(files, str | Path) else list(files)
     tables = [ParquetRows(Path(file)) for file in given]
     for table in tables:
-        if absent := [name for name in COLUMNS if name not in table.columns]:
+        absent = [name for name in COLUMNS if name not in table.columns]
+        if absent:
             raise UserError(
                 f"'{table.path}' has no column '{absent[0]}'; `declip.Embedder` returns {', '.join(COLUMNS)}."
             )

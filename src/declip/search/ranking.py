@@ -53,8 +53,9 @@ def near_copy(vectors: Tensor) -> float:
     """
     step = max(1, len(vectors) // SAMPLE)
     some = vectors[::step][:SAMPLE].float()
-    others = torch.triu_indices(len(some), len(some), offset=1)
-    cosines = (some @ some.mT)[others[0], others[1]]
+    rows, columns = torch.triu_indices(len(some), len(some), offset=1)
+    products = some @ some.mT
+    cosines = products[rows, columns]  # of each two images
     alike = len(cosines) > 1 and bool(cosines.median() > NEAR_COPY)
     if alike:
         return NO_COPY
@@ -110,7 +111,8 @@ def _assign(
     firsts = _firsts(keys)
     begun = torch.empty(0, vectors.shape[1])  # (hits, d), of the first image of each
     while block := list(islice(firsts, BLOCK)):
-        rows = vectors[ranking[[position for _, position in block]]].float()
+        positions = [position for _, position in block]
+        rows = vectors[ranking[positions]].float()
         compared = torch.cat([begun, rows])
         copies = (rows @ compared.mT > limit).numpy()  # (b, hits + b)
         begins = np.arange(len(compared)) < len(begun)  # rows of `compared` that begin a hit

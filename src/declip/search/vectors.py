@@ -70,7 +70,8 @@ class VectorCache:
             if key not in known:
                 missing.setdefault(key, position)
         if missing:
-            known |= self.add(list(missing), compute(list(missing.values())))
+            vectors = compute(list(missing.values()))
+            known |= self.add(list(missing), vectors)
         return stack_rows([known[key] for key in keys])
 
     @contextmanager
@@ -108,8 +109,9 @@ def content_key(pixels: np.ndarray) -> bytes:
 def text_key(ids: Tensor, padding: int) -> bytes:
     """Key of a text by its token ids (L,), without the padding at their end."""
     row = ids.numpy()
-    length = int(np.flatnonzero(row != padding).max(initial=-1)) + 1
-    return hashlib.blake2b(row[:length].tobytes(), digest_size=KEY_BYTES).digest()
+    last = int(np.flatnonzero(row != padding).max(initial=-1))
+    content = row[: last + 1].tobytes()
+    return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
 
 
 def stamp_key(stamp: str) -> bytes:

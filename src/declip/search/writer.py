@@ -77,9 +77,9 @@ def describe_model(model: Encoder, path: object, index: Path) -> ModelInfo:
     stored = stored_path(path, index)
     name = str(path)
     if not stored:
-        name = (
-            model.class_name if model.recipe is None else f"{model.class_name} {model.recipe.name}"
-        )
+        name = model.class_name
+        if model.recipe is not None:
+            name = f"{name} {model.recipe.name}"
     return ModelInfo(path=stored, name=name, fingerprint=fingerprint(model))
 
 
@@ -92,7 +92,8 @@ def check_target(folder: Path, wanted: IndexInfo, overwrite: bool) -> None:
     check_folder(folder, INDEX_FILE)
     if overwrite or not is_index(folder):
         return
-    if changed := _differences(folder, IndexInfo.read(folder), wanted):
+    changed = _differences(folder, IndexInfo.read(folder), wanted)
+    if changed:
         raise UserError(
             f"'{folder}' holds an index of another model or option: {'; '.join(changed)}. Choose "
             "another folder (--out of embed, --index of choose and app), or --overwrite."
