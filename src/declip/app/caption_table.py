@@ -77,7 +77,9 @@ class CaptionFile(NamedTuple):
         starts = [number - 1 for number, _ in records]
         ends = [*starts, len(lines)][1:]
         for (number, cells), end in zip(records, ends, strict=True):
-            fault = cells.detail if isinstance(cells, BrokenPair) else None
+            fault = None
+            if isinstance(cells, BrokenPair):
+                fault = cells.detail
             if isinstance(cells, BrokenPair) or not all(map(is_unicode, cells.values())):
                 remedy = f"Fix the line (a text with commas needs quotation marks), or {HINT}."
                 raise UserError(
@@ -187,7 +189,9 @@ class CaptionTable:
             if change.replaces >= len(known):
                 raise UserError("There is no such caption.")
             row = captioned[change.replaces]
-            new = change.captions[0] if change.captions else ""
+            new = ""
+            if change.captions:
+                new = change.captions[0]
             if new in known and new != row.caption:
                 new = ""
             return file.with_captions([row], [new], [])

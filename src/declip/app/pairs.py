@@ -85,8 +85,12 @@ def compare_captions(state: AppState) -> Agreement:
         rows = list(_cosines(state))
     values = np.array([value for _, _, value in rows], np.float32)
     # --- the worst first, and the share that is listed
-    order = np.argsort(-values if ranked else values, kind="stable")
-    share = 1 - LISTED if ranked else LISTED
+    rising = values
+    share = LISTED
+    if ranked:
+        rising = -values
+        share = 1 - LISTED
+    order = np.argsort(rising, kind="stable")
     limit = round(float(np.quantile(values, share)), DIGITS)
     if ranked:
         limit = max(limit, LOWEST_RANK)
@@ -129,8 +133,11 @@ def disagreeing(state: AppState, asked: PairsQuestion) -> dict[str, Any]:
     agreement = state.once(compare_captions)
     values = agreement.values
     ranked = agreement.ranked
-    limit = agreement.limit if asked.limit is None else asked.limit
-    total = int((values > limit if ranked else values < limit).sum())
+    limit = agreement.limit
+    if asked.limit is not None:
+        limit = asked.limit
+    listed = values > limit if ranked else values < limit
+    total = int(listed.sum())
     page = slice(asked.start, min(asked.start + PAGE, total))
     ids = agreement.ids[page]
     rows = state.describe(ids)
@@ -263,7 +270,10 @@ def _marked_pairs(state: AppState, marked: Marked) -> list[MarkedPair]:
         ids = agreement.ids.tolist()
         values = agreement.values.tolist()
         for id, caption, value in zip(ids, agreement.captions, values, strict=True):
-            worst.setdefault(id, (caption, None if agreement.ranked else value))
+            cosine = None
+            if not agreement.ranked:
+                cosine = value
+            worst.setdefault(id, (caption, cosine))
     pairs = dict[int, MarkedPair]()
     for reason, chosen in marked.root.items():
         for row in index.rows(np.intersect1d(chosen, index.ids)):

@@ -42,7 +42,8 @@ def search(state: AppState, asked: SearchQuestion) -> dict[str, Any]:
     """The images nearest to a text, an image, or both, and the classes of the image."""
     started = time.perf_counter()
     answer = dict[str, Any]()
-    query = image = _image_vector(state, asked)
+    image = _image_vector(state, asked)
+    query = image
     if asked.classes:
         answer = _classify(state, asked, image)
     if asked.text:
@@ -56,12 +57,15 @@ def search(state: AppState, asked: SearchQuestion) -> dict[str, Any]:
         hits = state.index.hits(
             query, asked.count, over=asked.over, where=where, group=asked.group or None
         )
-    answer["hits"] = state.describe([hit.id for hit in hits])
-    for row, hit in zip(answer["hits"], hits, strict=True):
+    rows = state.describe([hit.id for hit in hits])
+    for row, hit in zip(rows, hits, strict=True):
         row |= {"cosine": hit.score, "copies": len(hit.copies)}
+    answer["hits"] = rows
     answer["note"] = language_note(asked.text, state.index.text_model)
     answer["explained"] = bool(asked.text) and has_anchors(state.model_path)
-    return {**answer, "images": len(state.index), "seconds": time.perf_counter() - started}
+    answer["images"] = len(state.index)
+    answer["seconds"] = time.perf_counter() - started
+    return answer
 
 
 class WhyQuestion(BaseModel):

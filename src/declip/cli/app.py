@@ -44,7 +44,8 @@ def show_recipe(
     """Print a recipe as YAML, with every key and default."""
     from declip.recipe.load import load_recipe, parse_overrides
 
-    say(load_recipe(recipe, parse_overrides(overrides or [])).to_yaml().rstrip())
+    loaded = load_recipe(recipe, parse_overrides(overrides or []))
+    say(loaded.to_yaml().rstrip())
 
 
 cache = typer.Typer(
@@ -63,10 +64,10 @@ def show_cache() -> None:
     say(f"{cache_folder()} (set {CACHE_VARIABLE} to move it)")
     for name, group in groupby(cache_entries(), key=lambda entry: entry.path.parent.name):
         entries = list(group)
-        used = datetime.fromtimestamp(max(entry.used for entry in entries)).strftime("%Y-%m-%d")
-        say(
-            f"{name:<12} {sum(entry.size for entry in entries) / 1e6:>12,.1f} MB  {len(entries):>6,} entries  {used}"
-        )
+        last = max(entry.used for entry in entries)
+        used = datetime.fromtimestamp(last).strftime("%Y-%m-%d")
+        size = sum(entry.size for entry in entries) / 1e6
+        say(f"{name:<12} {size:>12,.1f} MB  {len(entries):>6,} entries  {used}")
 
 
 @cache.command("clear")

@@ -165,7 +165,9 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except MissingColumns as error:
-            option = "--{}-column NAME" if "image_column" in parameters else ""
+            option = ""
+            if "image_column" in parameters:
+                option = "--{}-column NAME"
             form = "data.columns.{}=NAME" if {"overrides", "words"} & parameters else option
             raise MissingColumns(error.table, error.columns, error.missing, form) from error
 

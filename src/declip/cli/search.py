@@ -118,7 +118,9 @@ def search(
     from declip.search.info import IndexInfo, is_index
 
     # --- checks
-    table = None if out is None else csv_path(out)
+    table = None
+    if out is not None:
+        table = csv_path(out)
     check_outputs((table, png_path(sheet_out, "--contact-sheet"), json_out), overwrite)
     wanted = parse_where(where or [])
     if text is not None and is_index(expand(text)) and not is_index(folder):
@@ -380,7 +382,8 @@ def classify(
 
     fitted: dict[str, Any] = {"examples": examples, "head": head, "label_column": label_column}
     fitted |= {"templates": templates, "out": out, "overwrite": overwrite}
-    fitted["on_prediction"] = _print if out is None else None
+    if out is None:
+        fitted["on_prediction"] = _print
     result = run_classification(model, images, names, **fitted, **reading)
     if result.classifier is not None:
         typer.echo(result.classifier.summary(), err=True)

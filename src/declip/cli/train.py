@@ -168,7 +168,9 @@ def _print_finetuned(run: Any) -> None:
     size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     mib = f"{size / 2**20:,.0f} MiB"
     exported = run.folder / "exported"
-    written = f"Exported: {exported} (the run has {mib})" if exported.is_dir() else ""
+    written = ""
+    if exported.is_dir():
+        written = f"Exported: {exported} (the run has {mib})"
     say(f"Report: {run.report}. {written}".strip())
     name = str(run.folder)
     given = ""

@@ -33,7 +33,8 @@ def t_half_width(values: Sequence[float] | np.ndarray) -> float:
     if n < 2:
         return nan
     quantile = stdtrit(n - 1, 0.975)
-    return float(quantile * np.std(values, ddof=1) / n**0.5)
+    spread = quantile * np.std(values, ddof=1)
+    return float(spread / n**0.5)
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,10 @@ def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple
         return exp(logs[level].mean()), ""
     above = int(np.searchsorted(rising, value))
     before = above - 1
-    fraction = (value - rising[before]) / (rising[above] - rising[before])
-    return exp(logs[before] + fraction * (logs[above] - logs[before])), ""
+    rise = rising[above] - rising[before]
+    step = logs[above] - logs[before]
+    fraction = (value - rising[before]) / rise
+    return exp(logs[before] + fraction * step), ""
 
 
 def _rising(means: np.ndarray) -> np.ndarray:
@@ -145,7 +148,8 @@ def intervals_overlap(a: EfficiencyCurve, b: EfficiencyCurve) -> bool:
     """Whether the 95 % intervals of two curves overlap at every number of pairs of both; False without intervals."""
     _, of_a, of_b = np.intersect1d(a.pairs, b.pairs, return_indices=True)
     distances = abs(a.means[of_a] - b.means[of_b])
-    close = distances <= a.half_widths[of_a] + b.half_widths[of_b]
+    reach = a.half_widths[of_a] + b.half_widths[of_b]
+    close = distances <= reach
     return bool(len(close)) and bool(close.all())
 
 
@@ -189,8 +193,12 @@ def _pool(curve: EfficiencyCurve) -> np.ndarray:
 def curve_of(rows: Mapping[int, Mapping[int, float]]) -> EfficiencyCurve:
     """Build a curve from values by number of pairs and seed."""
     numbers = sorted(rows)
-    seeds = [tuple(sorted(rows[pairs])) for pairs in numbers]
-    values = [tuple(rows[pairs][seed] for seed in sorted(rows[pairs])) for pairs in numbers]
+    seeds = []
+    values = []
+    for pairs in numbers:
+        of_seeds = sorted(rows[pairs].items())
+        seeds.append(tuple(seed for seed, _ in of_seeds))
+        values.append(tuple(value for _, value in of_seeds))
     return EfficiencyCurve(tuple(numbers), tuple(values), tuple(seeds))
 
 
@@ -243,7 +251,9 @@ def by_measure(rows: Iterable[Mapping[str, Any]]) -> dict[str, Result]:
     for row in rows:
         result = read_result(row)
         if result is not None:
-            kind = "zero-shot " if isinstance(result, ZeroShotResult) else ""
+            kind = ""
+            if isinstance(result, ZeroShotResult):
+                kind = "zero-shot "
             results[f"{result.dataset}: {kind}{result.headline.name}"] = result
     return results
 
@@ -277,8 +287,9 @@ def read_outcome(folder: Path) -> Outcome:
     rows = dict[str, Any]()
     failures = dict[str, str]()
     for trial in study.trials():
-        result = folder_of(folder, trial) / RESULT
-        failure = folder_of(folder, trial) / FAILURE
+        run_folder = folder_of(folder, trial)
+        result = run_folder / RESULT
+        failure = run_folder / FAILURE
         if result.is_file():
             rows[trial.id] = json.loads(result.read_text(encoding="utf-8"))
         if failure.is_file():

@@ -246,12 +246,13 @@ def work(
 def _run(study: Study, trial: Trial, folder: Path) -> bool:
     """Run a trial unless it is finished or failed elsewhere; False after Ctrl-C."""
     run_folder = folder_of(folder, trial)
-    if (run_folder / RESULT).is_file() or (run_folder / FAILURE).is_file():
+    failure = run_folder / FAILURE
+    if failure.is_file() or (run_folder / RESULT).is_file():
         return True
     try:
         return run_trial(study, trial, folder)
     except UserError as error:
-        write_text(run_folder / FAILURE, str(error))
+        write_text(failure, str(error))
     except Exception:
-        write_text(run_folder / FAILURE, traceback.format_exc())
+        write_text(failure, traceback.format_exc())
     return True

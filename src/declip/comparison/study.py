@@ -48,7 +48,8 @@ class Variant:
 
     def resolve(self, more: Mapping[str, Any] | None = None) -> Recipe:
         """Load the recipe with the overrides and further ones; refuse one that changed since the variant joined."""
-        if changed := self.changes(Variant.of(self.recipe, self.overrides)):
+        changed = self.changes(Variant.of(self.recipe, self.overrides))
+        if changed:
             raise UserError(
                 f"The recipe '{self.recipe}' has changed since the comparison began: {changed}."
             )
@@ -105,7 +106,9 @@ class Study:
         budget: str = "samples",
     ) -> Self:
         """Build a study; arguments as `declip.compare`."""
-        numbers = tuple(map(int, range(seeds) if isinstance(seeds, int) else seeds))
+        if isinstance(seeds, int):
+            seeds = range(seeds)
+        numbers = tuple(map(int, seeds))
         variants = tuple(
             Variant.of(str(recipe), dict(overrides or {})) for recipe in as_list(recipes)
         )
@@ -194,17 +197,19 @@ def extend_study(study: Study, folder: Path) -> Study:
     if earlier is None:
         return study
     # Anything else would change the meaning of earlier trials.
-    changed = [
-        f"{name} was {getattr(earlier, name)}, now {getattr(study, name)}"
-        for name in ("datasets", "tasks", "budget")
-        if getattr(study, name) != getattr(earlier, name)
-    ]
+    changed = []
+    for name in ("datasets", "tasks", "budget"):
+        before = getattr(earlier, name)
+        now = getattr(study, name)
+        if now != before:
+            changed.append(f"{name} was {before}, now {now}")
     if earlier.terms_file and study.terms_file not in ("", earlier.terms_file):
         changed.append(f"the losses were {earlier.terms_file}, now {study.terms_file}")
     variants = {variant.name: variant for variant in earlier.variants}
     for variant in study.variants:
         known = variants.get(variant.name, variant)
-        if keys := known.changes(variant):
+        keys = known.changes(variant)
+        if keys:
             changed.append(f"{variant.name}: {keys}")
         # Its file may have moved; what was measured stays.
         variants[variant.name] = replace(variant, steps=known.steps, seconds=known.seconds)
