@@ -81,7 +81,7 @@ def test_few_shot_is_compared(recipes, table, tmp_path):
     assert [*outcome.facts] == [f"{colors}: 4 shots, top-1"]
 
 
-def test_it_continues_with_what_is_missing_only(recipes, table, tmp_path, monkeypatch):
+def test_it_continues_with_what_is_missing_only(recipes, table, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     recipes = {"clip": recipes["clip"]}
@@ -100,7 +100,9 @@ def test_it_continues_with_what_is_missing_only(recipes, table, tmp_path, monkey
         [*first.facts],
         written,
     )
+    assert "earlier commands" not in caplog.text
     more = tiny(recipes, table, tmp_path / "out", pairs=(16,), seeds=2)
+    assert "also lacks 1 run of earlier commands, of clip" in caplog.text, "8 pairs, seed 1"
     assert (more.study.pairs, more.study.seeds, len(more.rows)) == ((8, 16), (0, 1), 4)
     (tmp_path / "moved").mkdir()
     moved = {"clip": str(shutil.move(recipes["clip"], tmp_path / "moved"))}

@@ -32,6 +32,8 @@ from declip.evaluation.protocols import Options, check_dataset, evaluate_all
 from declip.io.atomic import file_lock, write_text
 from declip.io.outputs import STUDY_FILE, check_folder
 from declip.io.progress import progress_bar, status
+from declip.io.text import join_words, plural
+from declip.runs.folder import log
 from declip.supervision.objective import active_terms
 from declip.training.assemble import assemble
 from declip.training.estimate import step_seconds
@@ -69,12 +71,21 @@ def run(study: Study, out: str | Path, progress: bool = True) -> Outcome:
         The outcome, which is also in results.json; `complete` is False after Ctrl-C.
     """
     folder = Path(out).expanduser()
+    asked = study.trials()
     check(extend_study(study, folder))
     study = open_folder(study, folder, progress)
     # --- the trials that are left; those that failed are tried again
     left = [trial for trial in study.trials() if not (folder_of(folder, trial) / RESULT).is_file()]
     for trial in left:
         (folder_of(folder, trial) / FAILURE).unlink(missing_ok=True)
+    if earlier := [trial for trial in left if trial not in asked]:
+        names = sorted({trial.variant for trial in earlier})
+        log.warning(
+            "'%s' also lacks %s of earlier commands, of %s: run now. To leave them out, give another --out.",
+            out,
+            plural(len(earlier), "run"),
+            join_words(names),
+        )
     columns = (
         TextColumn("runs"),
         BarColumn(),
