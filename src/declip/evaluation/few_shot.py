@@ -89,7 +89,9 @@ def joint_encoder(model: Encoder) -> tuple[Callable[[Tensor], Tensor], int]:
         tower = inference_tower(model)
 
         def both(pixels: Tensor) -> Tensor:
-            features = tower(normalized(model, pixels).to(next(tower.parameters()).dtype))
+            images = normalized(model, pixels)
+            dtype = next(tower.parameters()).dtype
+            features = tower(images.to(dtype))
             before = normalize(features.pre_logits.float(), dim=-1)
             embedded = normalize(features.pooled.float(), dim=-1)
             return torch.cat([before, embedded], dim=-1)
@@ -127,7 +129,8 @@ def center_of(examples: Examples) -> Tensor:
     """(v + d,), the mean over classes of the mean of their images; zeros without images."""
     if not len(examples.images):
         return torch.zeros(examples.images.shape[1])
-    weights = 1 / torch.bincount(examples.labels)[examples.labels]
+    sizes = torch.bincount(examples.labels)
+    weights = 1 / sizes[examples.labels]
     return (weights / weights.sum()) @ halves(examples.images, examples.width)
 
 
@@ -214,7 +217,8 @@ def fit_few_shot(examples: Examples, groups: np.ndarray | None = None) -> FewSho
     """
     check_widths(examples.images[:, examples.width :], examples.names)
     count = len(examples.labels)
-    groups = np.arange(count) if groups is None else groups
+    if groups is None:
+        groups = np.arange(count)
     sizes = np.bincount(examples.labels.numpy(), minlength=len(examples.names))
     with_images = int((sizes > 0).sum())
     if not with_images:
@@ -277,7 +281,8 @@ def class_folds(labels: Tensor, groups: np.ndarray) -> Tensor:
     folds = np.zeros(len(labels), np.int64)
     _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
     # A group of several classes counts for its first
-    for rows in by_class(labels.numpy()[first][numbers]):
+    classes = labels.numpy()[first][numbers]
+    for rows in by_class(classes):
         folds[rows] = assign_folds(groups[rows], FOLDS, rng)
     return torch.from_numpy(folds)
 

@@ -95,9 +95,10 @@ class HeldOutSets:
             yield from evaluate_all(model, self.dataset(name), protocols, options)
 
     def _open(self, name: str) -> Dataset:
-        # The folder of the images applies if their column was named.
-        named = self.pairs.image != DEFAULT.image
-        given = replace(self.pairs, group=None, root=self.pairs.root if named else None)
+        given = replace(self.pairs, group=None)
+        # The folder of the images applies only if their column was named.
+        if given.image == DEFAULT.image:
+            given = replace(given, root=None)
         try:
             return open_dataset(name, columns=given, sources=self.sources)
         except MissingColumns as error:

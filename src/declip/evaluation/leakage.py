@@ -60,7 +60,8 @@ def _alike(images: Tensor, numbers: np.ndarray, groups: np.ndarray) -> float:
     named = np.flatnonzero(numbers)
     values = np.unique(numbers[named], return_inverse=True)[1]
     order = rng.permutation(values.max(initial=0) + 1)
-    rows = named[np.argsort(order[values], kind="stable")[:MOST]]
+    by_value = np.argsort(order[values], kind="stable")
+    rows = named[by_value[:MOST]]
     values = np.unique(numbers[rows], return_inverse=True)[1]
     own = np.unique(groups[rows], return_inverse=True)[1]
     # --- images that have others of their value, in another group
@@ -77,11 +78,13 @@ def _alike(images: Tensor, numbers: np.ndarray, groups: np.ndarray) -> float:
     value = torch.from_numpy(values)
     group = torch.from_numpy(own)
     right = list[Tensor]()
-    for queries in torch.from_numpy(rng.permutation(repeated)[:QUERIES]).split(BLOCK):
+    chosen = rng.permutation(repeated)[:QUERIES]
+    for queries in torch.from_numpy(chosen).split(BLOCK):
         # (b, n), (b, 1)
         cosines = candidates[queries] @ candidates.mT
         wanted = torch.from_numpy(others)[queries, None]
-        cosines[group[queries, None] == group] = -torch.inf
+        same_group = group[queries, None] == group
+        cosines[same_group] = -torch.inf
         nearest = cosines.topk(int(wanted.max())).indices
         counted = torch.arange(nearest.shape[1]) < wanted
         hits = (value[nearest] == value[queries, None]) & counted

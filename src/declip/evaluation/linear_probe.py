@@ -110,10 +110,12 @@ class LogisticProblem:
         # (sample, d) for the covariance, whose axes and spreads are those of the coordinates
         stride = max(1, len(labels) // max(SAMPLE, 8 * len(mean)))
         sample = centered[::stride].double()
-        spread, self.axes = PrincipalAxes.of(sample.T @ sample / len(sample))
+        covariance = sample.T @ sample / len(sample)
+        spread, self.axes = PrincipalAxes.of(covariance)
         # (n, d + 1) on the axes of the covariance. The bias is the weight of a last column of ones.
+        rotated = centered @ self.axes.to(centered)
         ones = centered.new_ones(len(labels), 1)
-        self.rows = torch.cat([centered @ self.axes.to(centered), ones], 1)
+        self.rows = torch.cat([rotated, ones], 1)
         self.spread = torch.cat([spread, spread.new_ones(1)])
 
     def fit(
@@ -136,13 +138,15 @@ class LogisticProblem:
         # The curvature at the start is that of other weights, so it is estimated again after some iterations.
         done = 0
         for allowed in (FIRST_STAGE, MOST):
-            lengths = (self._curvature(weight) * self.spread + penalty).rsqrt()
+            curvatures = self._curvature(weight) * self.spread + penalty
+            lengths = curvatures.rsqrt()
             options = {"maxiter": allowed - done, "maxfun": 2 * MOST, "gtol": 0, "ftol": tolerance}
             begin = (weight / lengths).flatten().cpu().numpy()
             result = minimize(
                 self._loss, begin, (lengths, penalty), jac=True, method="L-BFGS-B", options=options
             )
-            weight = torch.from_numpy(result.x).to(weight).view_as(weight) * lengths
+            steps = torch.from_numpy(result.x).to(weight)
+            weight = steps.view_as(weight) * lengths
             done = done + int(result.nit)
         # --- back from the coordinates to the features
         rotated = weight[:, :-1] @ self.axes.T
@@ -170,13 +174,17 @@ class LogisticProblem:
             part.backward()
             total += part.detach()
         assert weight.grad is not None
-        return float(total), (weight.grad * lengths).flatten().cpu().numpy()
+        gradient = weight.grad * lengths
+        return float(total), gradient.flatten().cpu().numpy()
 
     def _curvature(self, weight: Tensor) -> float:
         """The curvature of the softmax, on a sample of the rows."""
-        rows = self.rows[:: max(1, len(self.labels) // SAMPLE)]
-        probabilities = (rows @ weight.to(rows).T).softmax(1)
-        return max(0.3 * float((probabilities * (1 - probabilities)).mean()), 1e-12)
+        stride = max(1, len(self.labels) // SAMPLE)
+        rows = self.rows[::stride]
+        scores = rows @ weight.to(rows).T
+        probabilities = scores.softmax(1)
+        variances = probabilities * (1 - probabilities)
+        return max(0.3 * float(variances.mean()), 1e-12)
 
 
 def check_splits(dataset: Dataset, task: str) -> dict[str, LabeledSource]:
@@ -263,7 +271,9 @@ def linear_probe(
 
 def _fifth(count: int) -> int:
     """A fifth of the images of a class; none of a single one."""
-    return max(1, round(count / 5)) if count > 1 else 0
+    if count < 2:
+        return 0
+    return max(1, round(count / 5))
 
 
 def sweep(problem: LogisticProblem, validation: Labeled, metric: str = "top1") -> LogisticFit:

@@ -32,7 +32,8 @@ def read_prompts(name: str) -> PromptSet:
         raise UserError(
             f"{unknown('template set', name, prompt_names())} Your own template has {{}} for the class."
         )
-    tree = read_yaml((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    tree = read_yaml(text)
     classes = {str(raw): str(shown) for raw, shown in tree.get("classes", {}).items()}
     return PromptSet(tuple(tree["templates"]), classes)
 

@@ -89,8 +89,9 @@ def image_folder(name: str, root: Path) -> Openers:
     folders = dict[str, Path]()
     for which, names in SPLITS.items():
         for inner in reversed(names):
-            if (root / inner).is_dir():
-                folders[which] = root / inner
+            folder = root / inner
+            if folder.is_dir():
+                folders[which] = folder
     if folders and ("train" not in folders or len(folders) == 1):
         raise UserError(
             f"A set with splits needs a 'train' folder and a 'validation' or 'test' folder, but '{root}' has only "
@@ -134,10 +135,15 @@ def imagenet(name: str, root: Path) -> Openers:
     """
     # The test split of ImageNet is `val/`, as in papers; probes also need `train/`.
     wnids = wnids_of(name)
-    folders = {"test": root / "val" if name == "imagenet" else root}
-    if name == "imagenet" and (root / "train").is_dir():
-        folders["train"] = root / "train"
-    raw = [str(number) for number in range(len(wnids))] if name == "imagenet-v2" else wnids
+    folders = {"test": root}
+    if name == "imagenet":
+        folders["test"] = root / "val"
+        train = root / "train"
+        if train.is_dir():
+            folders["train"] = train
+    raw = wnids
+    if name == "imagenet-v2":
+        raw = [str(number) for number in range(len(wnids))]
     shown = class_names("imagenet", wnids)
     return {
         which: partial(_images, name, folder, _exactly(name, folder, raw), shown)
@@ -147,9 +153,9 @@ def imagenet(name: str, root: Path) -> Openers:
 
 def wnids_of(name: str) -> list[str]:
     """The sorted WordNet IDs of a dataset's classes; 200 for "imagenet-r" and "imagenet-a"."""
-    subsets = read_yaml(
-        (Path(__file__).parent / "imagenet_subsets.yaml").read_text(encoding="utf-8")
-    )
+    file = Path(__file__).parent / "imagenet_subsets.yaml"
+    text = file.read_text(encoding="utf-8")
+    subsets = read_yaml(text)
     return list(subsets.get(name) or read_prompts("imagenet").classes)
 
 
@@ -220,8 +226,11 @@ def labeled_table(
     if column is None and not (captioned and "split" in lower):
         return None
     # --- the pairs of the table, and the rows of each split
-    own = replace(given, caption=given.caption if captioned else None)
-    labeled_rows = table = TableSource(table_path, replace(own, group=column))
+    own = given
+    if not captioned:
+        own = replace(given, caption=None)
+    labeled_rows = TableSource(table_path, replace(own, group=column))
+    table = labeled_rows
     if given.group is not None:
         table = TableSource(table_path, own)
     rows_of = splits_of(table) or {"test": np.arange(len(table))}
@@ -329,16 +338,17 @@ def pets(name: str, root: Path) -> Openers:
 
 def _pets(name: str, folder: Path, file: str) -> Classified:
     # "american_bulldog_7 2 2 1": the breed and a number, which name the image; the class from 1
-    lines = (folder / "annotations" / file).read_text(encoding="utf-8").splitlines()
+    text = (folder / "annotations" / file).read_text(encoding="utf-8")
     paths = list[Path]()
     labels = list[int]()
     breeds = dict[int, str]()
-    for line in lines:
+    for line in text.splitlines():
         image, number, *_ = line.split()
         label = int(number) - 1
         paths.append(folder / "images" / f"{image}.jpg")
         labels.append(label)
-        breeds[label] = image.rpartition("_")[0].replace("_", " ").title()
+        breed = image.rpartition("_")[0]
+        breeds[label] = breed.replace("_", " ").title()
     raw = [breeds[label] for label in sorted(breeds)]
     return Classified(FileList(name, folder.parent, paths), labels, class_names(name, raw))
 
@@ -364,7 +374,8 @@ def _sun397(name: str, folder: Path, path: Path) -> Classified:
     label_of = {raw: label for label, raw in enumerate(classes)}
     # "a/abbey/sun_aaa.jpg": the first letter, the class, which may contain a slash, and the file.
     labels = [label_of[key.partition("/")[2].rpartition("/")[0]] for key in keys]
-    names = class_names(name, [raw.replace("/", " ") for raw in classes])
+    spaced = [raw.replace("/", " ") for raw in classes]
+    names = class_names(name, spaced)
     return Classified(FileList(name, folder, keys), labels, names)
 
 

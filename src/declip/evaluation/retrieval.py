@@ -29,22 +29,25 @@ def ranks(
     Queries (N, d) and candidates (M, d) are L2-normalized, or without candidates the scores (N, M); `correct` are N
     arrays of one or more candidates; `block` is about the number of scores in memory at a time.
     """
+    count = queries.shape[1]
     if candidates is not None:
         check_widths(queries, candidates)
-    count = queries.shape[1] if candidates is None else len(candidates)
+        count = len(candidates)
+        candidates = candidates.double()
     rows = max(1, block // count)
-    candidates = None if candidates is None else candidates.double()
     parts = []
     for start in range(0, len(queries), rows):
-        some = queries[start : start + rows].double()
-        scores = some if candidates is None else some @ candidates.T  # (rows, M)
+        scores = queries[start : start + rows].double()
+        if candidates is not None:
+            scores = scores @ candidates.T  # (rows, M)
         is_correct = torch.zeros_like(scores, dtype=torch.bool)
         for row, columns in enumerate(correct[start : start + rows]):
             is_correct[row, torch.from_numpy(columns)] = True
         # A wrong candidate with the same cosine ranks before the best correct one, so that a model with the same
         # feature for every input finds nothing. NaN is never `<=`.
         best = scores.masked_fill(~is_correct, -torch.inf).amax(1, keepdim=True)
-        parts.append(1 + (~(scores <= best - TIE) & ~is_correct).sum(1))
+        is_before = ~(scores <= best - TIE)
+        parts.append(1 + (is_before & ~is_correct).sum(1))
     return torch.cat(parts).numpy()
 
 
@@ -83,8 +86,10 @@ def retrieve(features: SourceFeatures, scale: float | None = None) -> RetrievalR
         own: np.unique(np.concatenate([rows_of[caption] for caption in own]))
         for own in set(features.captions)
     }
-    text_chance = chance_levels([len(rows) for rows in images_of_text], len(features))
-    image_chance = chance_levels([len({*own}) for own in features.captions], len(rows_of))
+    correct_images = [len(rows) for rows in images_of_text]
+    correct_texts = [len({*own}) for own in features.captions]
+    text_chance = chance_levels(correct_images, len(features))
+    image_chance = chance_levels(correct_texts, len(rows_of))
     text_rank = ranks(features.texts, features.images, images_of_text)
     image_rank = ranks(
         features.images, features.texts, [texts_of[own] for own in features.captions]
@@ -115,8 +120,10 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
     generator = np.random.default_rng((0, len(images)))
     order = torch.from_numpy(generator.permutation(len(images)))
     total = 0.0
-    for rows in order.tensor_split(-(-len(order) // LOSS_BATCH)):
-        logits = scale * images[rows].double() @ texts[rows].double().T
+    batches = -(-len(order) // LOSS_BATCH)
+    for rows in order.tensor_split(batches):
+        scaled = scale * images[rows].double()
+        logits = scaled @ texts[rows].double().T
         target = torch.arange(len(rows))
         both = cross_entropy(logits, target) + cross_entropy(logits.T, target)
         total += float(both) / 2 * len(rows)

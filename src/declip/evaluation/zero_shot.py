@@ -59,7 +59,8 @@ def class_tokens(
                 parts.append(mean / mean.norm(dim=(1, 2), keepdim=True))
         return parts
 
-    return torch.cat(list(chain(*how.share.gather_parts(encode_own))))
+    parts = how.share.gather_parts(encode_own)
+    return torch.cat(list(chain(*parts)))
 
 
 def classify(
@@ -81,13 +82,16 @@ def classify(
         distinct, inverse = torch.unique(classes, dim=0, return_inverse=True)
         candidate = inverse.numpy()
     else:
-        column = {name: number for number, name in enumerate(dict.fromkeys(classes))}
+        names = dict.fromkeys(classes)
+        column = {name: number for number, name in enumerate(names)}
         distinct = None
         candidate = np.array([column[name] for name in classes])
     namesakes_before = np.array(
         [(candidate[:label] == own).sum() for label, own in enumerate(candidate)]
     )
-    rank = ranks(features.images, distinct, candidate[labels][:, None]) + namesakes_before[labels]
+    correct = candidate[labels][:, None]
+    rank = ranks(features.images, distinct, correct)
+    rank += namesakes_before[labels]
     return ZeroShotResult(
         dataset=features.name,
         n=len(labels),
@@ -105,4 +109,6 @@ def classify(
 def logit_scale(model: Encoder) -> float:
     """The factor of cosines before the softmax, exp(logit_scale); CLIP's final 100 for a model without one."""
     scale = model.logit_scale
-    return 100.0 if scale is None else float(scale.detach().exp())
+    if scale is None:
+        return 100.0
+    return float(scale.detach().exp())

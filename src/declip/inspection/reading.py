@@ -99,7 +99,8 @@ def image_hash(image: Image.Image) -> int:
 
 def caption_hash(caption: str) -> int:
     """64 bits of a caption as the tokenizer cleans it: captions that a model cannot distinguish have one hash."""
-    digest = blake2b(clean(caption).encode(), digest_size=8).digest()
+    text = clean(caption).encode()
+    digest = blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
@@ -122,9 +123,11 @@ def _shrunk(image: Image.Image, side: int) -> np.ndarray:
 
 def _brighter(small: np.ndarray) -> np.ndarray:
     gray = small @ np.array([0.299, 0.587, 0.114], np.float32)
-    right = gray[:-1, 1:] - gray[:-1, :-1] > STEP
-    down = gray[1:, :-1] - gray[:-1, :-1] > STEP
-    return np.packbits(np.stack([right, down])).view(np.uint64)
+    here = gray[:-1, :-1]
+    right = gray[:-1, 1:] - here > STEP
+    down = gray[1:, :-1] - here > STEP
+    bits = np.stack([right, down])
+    return np.packbits(bits).view(np.uint64)
 
 
 def equal_groups(hashes: np.ndarray) -> np.ndarray:
@@ -165,7 +168,8 @@ def near_groups(looks: np.ndarray) -> np.ndarray:
                 break
             # --- (2, candidates), without those that are joined already; then those that are near
             pair = np.stack([order[starts], order[starts + shift]])
-            pair = pair[:, labels[pair[0]] != labels[pair[1]]]
+            one, other = labels[pair]
+            pair = pair[:, one != other]
             for hashes, most in ((coarse, COARSE_BITS), (fine, FINE_BITS)):
                 one, other = hashes[pair]
                 bits = SET_BITS[(one ^ other).view(np.uint8)]
@@ -174,13 +178,15 @@ def near_groups(looks: np.ndarray) -> np.ndarray:
             furthest = np.abs(one - other).max(1, initial=0)
             pair = pair[:, furthest <= TINT]
             if pair.size:
-                labels = components(len(looks), labels[pair])[labels]
+                joined = components(len(looks), labels[pair])
+                labels = joined[labels]
     return equal_groups(labels[equal])
 
 
 def across(pairs: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Find the pairs, (n,) with a field "look", whose image looks like one of `others`: bool (n,)."""
-    groups = near_groups(np.concatenate([pairs["look"], others["look"]]))
+    looks = np.concatenate([pairs["look"], others["look"]])
+    groups = near_groups(looks)
     return np.isin(groups[: len(pairs)], groups[len(pairs) :])
 
 
@@ -273,7 +279,8 @@ def read(
     pairs = [np.empty(0, PAIR)]
     captions = [np.empty(0, CAPTION)]
     skipped = SkipCounter()
-    for part in parallel_map(partial(_read_part, source, row_of), parts, workers, progress):
+    read_part = partial(_read_part, source, row_of)
+    for part in parallel_map(read_part, parts, workers, progress):
         pairs.append(part.pairs)
         captions.append(part.captions)
         skipped.merge(part.skipped)

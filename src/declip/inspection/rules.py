@@ -53,7 +53,8 @@ def find(it: Inspection) -> tuple[Finding, ...]:
         equal = it.equal_images.members / it.usable
         near = it.near_images.members / it.usable
         found.add("equal_images", equal, fix=0.01)
-        found.add("near_images", near if near > equal else 0, least=0.01)
+        if near > equal:
+            found.add("near_images", near, least=0.01)
         _check_captions(found, it.captions)
         _check_images(found, it.images)
     return tuple(sorted(found, key=lambda finding: not finding.fix))
@@ -67,19 +68,24 @@ def _check_captions(found: Findings, captions: CaptionStats) -> None:
     one_word = odd.pop(reading.ONE_WORD, 0)
     other_script = odd.pop(reading.OTHER_SCRIPT, 0)
     foreign = odd.pop(reading.FOREIGN, 0)
-    examples = captions.examples[max(odd, key=odd.__getitem__)] if odd else []
-    example = ", ".join(examples)
+    example = ""
+    if odd:
+        most_frequent = max(odd, key=odd.__getitem__)
+        example = ", ".join(captions.examples[most_frequent])
     found.add("odd_captions", sum(odd.values()), 0.01, BROKEN, kinds=odd, example=example)
     found.add("one_word", one_word, least=0.2)
     found.add("other_script", other_script, least=0.05)
     found.add("foreign", foreign, least=0.1)
-    truncated = captions.truncated[LONGEST_CONTEXT].fraction > MANY_TRUNCATED
-    found.add("truncated" if truncated else "context_length", captions.context_length)
+    rule = "context_length"
+    if captions.truncated[LONGEST_CONTEXT].fraction > MANY_TRUNCATED:
+        rule = "truncated"
+    found.add(rule, captions.context_length)
 
 
 def _check_images(found: Findings, images: ImageStats) -> None:
     small = images.smaller.fraction
-    smaller_side = max(MULTIPLE, int(images.shorter["p25"]) // MULTIPLE * MULTIPLE)
+    quartile = int(images.shorter["p25"])
+    smaller_side = max(MULTIPLE, quartile // MULTIPLE * MULTIPLE)
     found.add("small_images", small, least=SMALL, side=smaller_side)
     if small < SMALL:
         times = images.shorter["p50"] / images.size

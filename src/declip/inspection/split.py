@@ -58,7 +58,10 @@ def split_pairs(
     if "validation" in splits:
         val = splits["validation"]
         held_out = Subset(source, val, f"the validation split of {source.name}")
-        for trained in [candidates] if seen is None else [candidates, seen]:
+        training_sets = [candidates]
+        if seen is not None:
+            training_sets.append(seen)
+        for trained in training_sets:
             try:
                 check_copies(trained, [held_out], progress)
             except UserError:
@@ -78,7 +81,8 @@ def split_pairs(
         copied = across(pairs.pairs, known.pairs)
         fresh = hashes.copy()
         fresh[np.unique(related[copied])] = np.inf
-        if new := _chosen(fresh, sizes, most):
+        new = _chosen(fresh, sizes, most)
+        if new:
             chosen = new
         elif chosen:
             log.warning(SEEN.format(seen.name))
@@ -124,10 +128,15 @@ def _chosen(hashes: np.ndarray, sizes: np.ndarray, most: int) -> list[int]:
         wanted = hashes[number] < below
         if not wanted and (2 * count >= target or hashes[number] == np.inf):
             break
-        if count + sizes[number] <= (2 * target if wanted else target):
+        limit = target
+        if wanted:
+            limit = 2 * target
+        if count + sizes[number] <= limit:
             chosen.append(number)
             count += int(sizes[number])
-    return chosen if 2 * count >= target else []
+    if 2 * count < target:
+        return []
+    return chosen
 
 
 def check_copies(train: PairSource, held_out: Sequence[PairSource], progress: bool = False) -> None:
@@ -148,7 +157,8 @@ def check_copies(train: PairSource, held_out: Sequence[PairSource], progress: bo
 def related_pairs(pairs: ReadPairs, source: PairSource) -> np.ndarray:
     """The group of each pair that must not be separated from it, by its least hash of a caption: int64 (n,)."""
     check_pairs(pairs, source.name, len(source))
-    related = _relate(pairs, groups_of(source)[pairs.pairs["index"]])
+    named = groups_of(source)[pairs.pairs["index"]]
+    related = _relate(pairs, named)
     least = np.full(related.max() + 1, np.iinfo(np.uint64).max)
     groups = np.repeat(related, pairs.pairs["captions"])
     np.minimum.at(least, groups, pairs.captions["hash"])
@@ -170,7 +180,9 @@ def _relate(pairs: ReadPairs, named: np.ndarray) -> np.ndarray:
     for owner, group in ((members, alike), (owners, captions), (known, groups)):
         edges.append(np.stack([owner, nodes + group]))  # a node for each image, caption and group
         nodes += int(group.max(initial=-1)) + 1
-    return equal_groups(components(nodes, np.concatenate(edges, axis=1))[:n])
+    all_edges = np.concatenate(edges, axis=1)
+    labels = components(nodes, all_edges)
+    return equal_groups(labels[:n])
 
 
 def _read(source: PairSource, progress: bool, fewest: int = FEWEST) -> ReadPairs:
@@ -179,7 +191,9 @@ def _read(source: PairSource, progress: bool, fewest: int = FEWEST) -> ReadPairs
             f"'{source.name}' has {plural(len(source), 'pair')}; fine-tuning needs {fewest} or more."
         )
     workers = None if len(source) > 2_000 else 0
-    title = f"Comparing images of {source.name}" if progress else ""
+    title = ""
+    if progress:
+        title = f"Comparing images of {source.name}"
     pairs = read(source, np.arange(len(source)), pair_row, workers, title)
     check_pairs(pairs, source.name, len(source))
     return pairs

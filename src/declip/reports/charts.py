@@ -17,7 +17,9 @@ from scipy.ndimage import uniform_filter1d
 
 from declip.io.text import percent, short_count
 
-INK, QUIET, RULE = "#1c2127", "#5b6470", "#d9d5cc"
+INK = "#1c2127"
+QUIET = "#5b6470"
+RULE = "#d9d5cc"
 COLORS = (INK, "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 """Okabe and Ito's palette, which color-blind readers can distinguish; the baseline is black."""
 
@@ -178,7 +180,10 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 def legend(ax: Axes) -> None:
     handles, names = ax.get_legend_handles_labels()
     shown = [" " + shorten(name, LEGEND_LETTERS, placeholder=" …") for name in names]
-    columns = 2 if max(map(len, shown)) <= LEGEND_LETTERS - 3 else 1
+    longest = max(map(len, shown))
+    columns = 1
+    if longest <= LEGEND_LETTERS - 3:
+        columns = 2
     ax.figure.legend(
         handles, shown, loc="outside lower left", ncols=columns, columnspacing=1, frameon=False
     )

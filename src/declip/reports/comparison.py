@@ -30,7 +30,8 @@ from declip.reports.page import NONE, Table, render, rich_table, span
 
 def write_page(outcome: Outcome, folder: Path) -> Path:
     """Write report.html of a comparison, complete or not, and return its path."""
-    return write_text(folder / "report.html", render("comparison.html", **context(outcome)))
+    html = render("comparison.html", **context(outcome))
+    return write_text(folder / "report.html", html)
 
 
 def summary(outcome: Outcome) -> Group:
@@ -85,7 +86,9 @@ def variants_table(study: Study) -> Table:
     for variant in study.variants:
         keys = list[str]()
         for key, value in variant.overrides.items():
-            text = value if isinstance(value, str) else json.dumps(value)
+            text = value
+            if not isinstance(value, str):
+                text = json.dumps(value)
             keys.append(f"{key}={text}")
         rows.append((variant.name, variant.recipe, ", ".join(keys) or NONE))
     return Table("Variants", ("variant", "recipe", "overrides"), tuple(rows), texts=3)
@@ -132,8 +135,13 @@ def factors_table(factors: Mapping[str, Factor | None], study: Study) -> Table:
         cells = dict.fromkeys(study.pairs, NONE)
         mean = interval = NONE
         for at in factor.at if factor else ():
-            outside = "exceeded" if at.outside == "below" else "not reached"
-            cells[at.pairs] = outside if at.factor is None else f"{at.factor:.2f}"
+            if at.factor is not None:
+                cell = f"{at.factor:.2f}"
+            elif at.outside == "below":
+                cell = "exceeded"
+            else:
+                cell = "not reached"
+            cells[at.pairs] = cell
         if factor and factor.mean is not None:
             mean = f"{factor.mean:.2f}"
         if factor and factor.low is not None and factor.high is not None:
@@ -156,8 +164,11 @@ def cost_table(outcome: Outcome) -> Table:
         own = seconds[variant.name]
         per_step = () if variant.seconds is None else (f"{variant.seconds:.3g}",)
         counts = (f"{variant.steps:,}", f"{variant.samples:,}")
-        took = f"{own:,.0f}" if own else NONE
-        ratio = f"{own / base:.2f}" if own and base else NONE
+        took = ratio = NONE
+        if own:
+            took = f"{own:,.0f}"
+        if own and base:
+            ratio = f"{own / base:.2f}"
         rows.append((variant.name, *per_step, *counts, took, ratio))
     timed = ("seconds per step",) if study.budget == "compute" else ()
     columns = ("variant", *timed, "steps", "samples", "seconds", f"ratio to {study.baseline}")

@@ -40,10 +40,15 @@ def summary(it: Inspection) -> Group:
     parts.append(Text("\nFindings", "bold"))
     for finding, text, advice in sentences(it):
         line = RichTable.grid()
-        mark = Text("! ", "bold red") if finding.fix else Text("· ", "bold")
-        line.add_row(mark, Text(text).append(f" {advice}", "dim"))
+        mark = Text("· ", "bold")
+        if finding.fix:
+            mark = Text("! ", "bold red")
+        sentence = Text(text).append(f" {advice}", "dim")
+        line.add_row(mark, sentence)
         parts.append(line)
-    return Group(*parts, *([] if it.findings else ["No findings."]))
+    if not it.findings:
+        parts.append("No findings.")
+    return Group(*parts)
 
 
 def sentences(inspection: Inspection) -> list[tuple[Finding, str, str]]:
@@ -53,8 +58,9 @@ def sentences(inspection: Inspection) -> list[tuple[Finding, str, str]]:
     for finding in inspection.findings:
         fill = getattr(module, finding.rule)
         lines = str(fill(finding, inspection)).split("\n")
-        result, advice = lines[0], lines[-1].strip()
-        found.append((finding, sanitize(result, 400), sanitize(advice, 400)))
+        result = sanitize(lines[0], 400)
+        advice = sanitize(lines[-1].strip(), 400)
+        found.append((finding, result, advice))
     return found
 
 
@@ -119,8 +125,11 @@ def _repeats(it: Inspection) -> Table:
     ):
         assert repeats is not None
         largest = max(repeats.examples, key=lambda group: group.size, default=None)
-        example = f"{LTR}{largest.size:,} × {sanitize(largest.caption, 40)}" if largest else ""
-        rows.append((name, example, f"{repeats.members:,}", percent(repeats.members / it.usable)))
+        example = ""
+        if largest:
+            example = f"{LTR}{largest.size:,} × {sanitize(largest.caption, 40)}"
+        share = percent(repeats.members / it.usable)
+        rows.append((name, example, f"{repeats.members:,}", share))
     return Table("Repeats", ("", "largest group", "pairs", "fraction"), tuple(rows), texts=2)
 
 
@@ -141,5 +150,7 @@ def _keys(some: Sequence[str], count: int) -> str:
     """List the first keys and the number of others."""
     listed = [sanitize(key, 120) for key in some[:5]]
     others = count - len(listed)
-    more = f" and {others:,} more" if others > 0 else ""
-    return ", ".join(listed) + more
+    text = ", ".join(listed)
+    if others > 0:
+        text += f" and {others:,} more"
+    return text

@@ -17,7 +17,8 @@ def skipped_table(skipped: Mapping[str, Any] | None) -> Table:
     rows = []
     for reason in sorted(reasons, key=lambda reason: -reasons[reason]["count"]):
         row = reasons[reason]
-        rows.append((reason, ", ".join(row["examples"]), f"{row['count']:,}"))
+        examples = ", ".join(row["examples"])
+        rows.append((reason, examples, f"{row['count']:,}"))
     return Table("Skipped pairs", ("reason", "for example", "times"), tuple(rows), texts=2)
 
 
@@ -26,7 +27,8 @@ def mixture_lines(mixture: Mapping[str, Any]) -> list[str]:
     if not mixture:
         return []
     names = short_names({name for scores in mixture["scores"].values() for name in scores})
-    return render("mixture.txt", mixture=mixture, names=names).strip().splitlines()
+    text = render("mixture.txt", mixture=mixture, names=names)
+    return text.strip().splitlines()
 
 
 def compared_table(results: Sequence[Result], before: Sequence[Result]) -> Table:
@@ -76,6 +78,8 @@ def change_cells(value: float, start: float | None) -> tuple[str, str]:
 
 def measure_cells(measure: Measure) -> tuple[str, ...]:
     """Name, value, chance level with that of the largest class, multiple of chance, and n."""
-    largest = "" if measure.majority is None else f" (largest class {percent(measure.majority)})"
-    chance = percent(measure.chance) + largest, round_two_digits(measure.times_chance)
-    return measure.name, percent(measure.value), *chance, f"{measure.n:,}"
+    chance = percent(measure.chance)
+    if measure.majority is not None:
+        chance += f" (largest class {percent(measure.majority)})"
+    multiple = round_two_digits(measure.times_chance)
+    return measure.name, percent(measure.value), chance, multiple, f"{measure.n:,}"
