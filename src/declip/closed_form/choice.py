@@ -124,7 +124,9 @@ def start_heads(data: FitData) -> Heads | None:
     pairs = data.pairs
     classes = data.classes
     if data.one_space:
-        return Heads(torch.eye(pairs.images.shape[1]), torch.eye(pairs.texts.shape[1]))
+        image = torch.eye(pairs.images.shape[1])
+        text = torch.eye(pairs.texts.shape[1])
+        return Heads(image, text)
     if classes is None:
         return None
     nothing = pairs.of_images(torch.arange(0))

@@ -66,7 +66,8 @@ class CrossValidation:
         self._bases = x_axes, y_axes
         # --- own pairs, and the moments of the classes, which are part of every fit
         self._weights = weights[:m]
-        self._classes = moments(x[n:], y[m:], rows.owners[m:] - n, weights[m:])
+        owners = rows.owners[m:] - n
+        self._classes = moments(x[n:], y[m:], owners, weights[m:])
         self._centered = Pairs(x[:n], y[:m], pairs.owners)
         self._numbers = caption_numbers(pairs)
 
@@ -95,15 +96,20 @@ class CrossValidation:
 
         of_folds = in_threads(rank_fold, folds.unique().tolist())
         of_blocks = chain.from_iterable(of_folds)
-        return [HeldOutRanks.join(self.data.pairs, parts) for parts in zip(*of_blocks, strict=True)]
+        of_forms = zip(*of_blocks, strict=True)
+        return [HeldOutRanks.join(self.data.pairs, parts) for parts in of_forms]
 
     def heads_of_folds(self, form: Form) -> dict[int, Heads]:
         """The heads that rank the pairs of each fold, for features that are not centered."""
         folds = self.data.folds
-        return {fold: self._heads_of(folds != fold, form) for fold in folds.unique().tolist()}
+        heads = {}
+        for fold in folds.unique().tolist():
+            heads[fold] = self._heads_of(folds != fold, form)
+        return heads
 
     def _heads_of(self, fitted: Tensor, form: Form) -> Heads:
-        (x_axes, y_axes), ((left, right),) = self._solve(fitted, (form,))
+        (x_axes, y_axes), maps = self._solve(fitted, (form,))
+        left, right = maps[0]
         x_base, y_base = self._bases
         image = left @ x_axes.mT @ x_base.mT
         text = right @ y_axes.mT @ y_base.mT

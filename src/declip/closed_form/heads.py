@@ -53,7 +53,9 @@ class Heads(NamedTuple):
         classifier = self.classifier
         if classifier is not None:
             classifier = PosteriorFeatures(*(part.to(other) for part in classifier))
-        return Heads(self.image.to(other), self.text.to(other), classifier, self.neighbors)
+        image = self.image.to(other)
+        text = self.text.to(other)
+        return Heads(image, text, classifier, self.neighbors)
 
 
 def fit_heads(pairs: Pairs, classes: ClassPairs | None, class_weight: float, form: Form) -> Heads:
@@ -115,5 +117,6 @@ def mix(start: Heads, end: Heads, alpha: float) -> Heads:
 
 def _map_of_length_1(heads: Heads, width: int) -> Tensor:
     # Heads of classes without weight have no columns for their posteriors
-    image = pad(heads.image.double(), (0, width - heads.image.shape[1]))
+    missing = width - heads.image.shape[1]
+    image = pad(heads.image.double(), (0, missing))
     return of_length_1(image.mT @ heads.text.double())

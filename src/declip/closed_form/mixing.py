@@ -26,5 +26,6 @@ def mixed_choices(choice: Choice, alphas: Sequence[float]) -> dict[float, Choice
         each = {fold: mix(start, fitted, alpha) for fold, fitted in of_folds.items()}
         ranks = ranks_by(each, data.pairs, data.folds)
         heads = mix(start, choice.heads, alpha)
-        mixed[alpha] = replace(choice, heads=heads, logit_scale=ranks.best_scale(), outcome=ranks)
+        scale = ranks.best_scale()
+        mixed[alpha] = replace(choice, heads=heads, logit_scale=scale, outcome=ranks)
     return mixed

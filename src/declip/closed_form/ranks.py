@@ -84,7 +84,8 @@ class HeldOutRanks:
         counts = np.vstack([counts, 4 * [mean]])
         all_hits = hits.sum(axis=0)
         all_counts = counts.sum(axis=0)
-        without = ((all_hits - hits) / (all_counts - counts)).mean(axis=1)
+        shares = (all_hits - hits) / (all_counts - counts)
+        without = shares.mean(axis=1)
         center = _recall(all_hits, all_counts)
         half = jackknife(without, counts.sum(axis=1))
         low = min(center - half, value)
@@ -97,8 +98,10 @@ class HeldOutRanks:
         of_captions = of_images[self.owners.numpy()]
         image_hits = np.bincount(of_images, self.to_text < k)
         caption_hits = np.bincount(of_captions, self.to_image < k)
+        image_counts = np.bincount(of_images)
+        caption_counts = np.bincount(of_captions)
         hits = np.stack([image_hits, caption_hits], axis=1)
-        counts = np.stack([np.bincount(of_images), np.bincount(of_captions)], axis=1)
+        counts = np.stack([image_counts, caption_counts], axis=1)
         return hits, counts
 
     def _by_image(self, values: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ def regression_rows(
     They are computed in float64, a part at a time, and saved as images of `dtype`.
     """
     own = pairs.images
+    count = len(own)
     texts = pairs.texts
     owners = pairs.owners
     weights = 1 / torch.bincount(owners)[owners].double()
@@ -95,10 +96,10 @@ def regression_rows(
         texts = torch.cat([texts, classes.texts])
         counts = torch.bincount(classes.owners)[classes.owners].double()
         weights = torch.cat([weights, class_weight / counts])
-        owners = torch.cat([owners, len(own) + classes.owners])
-    images = torch.empty(len(own) + len(centers), centers.shape[1], dtype=dtype)
-    images[len(own) :] = centers
-    for part, converted in zip(own.split(ROWS), images[: len(own)].split(ROWS), strict=True):
+        owners = torch.cat([owners, count + classes.owners])
+    images = torch.empty(count + len(centers), centers.shape[1], dtype=dtype)
+    images[count:] = centers
+    for part, converted in zip(own.split(ROWS), images[:count].split(ROWS), strict=True):
         features = part.double()
         if classifier is None:
             converted.copy_(centered(features, mean)[0])

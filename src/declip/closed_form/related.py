@@ -60,7 +60,9 @@ def with_neighbors(choice: Choice, data: FitData) -> Choice:
     known = replace(known, weights=torch.tensor(weights))
     axes = leading_axes(_known_rows(choice.heads, known, data), SEED)
     heads = choice.heads._replace(neighbors=replace(known, axes=axes))
-    scale = choice.logit_scale if outcome is None else outcome.best_scale()
+    scale = choice.logit_scale
+    if outcome is not None:
+        scale = outcome.best_scale()
     return replace(choice, heads=heads, outcome=outcome, logit_scale=scale)
 
 
