@@ -206,7 +206,8 @@ class CaptionTable:
         folder = self.path.parent.absolute()
         for row in file.rows:
             path = os.path.normpath(folder / os.path.expanduser(row.cells[IMAGE]))
-            if (id := self._ids.get(path)) is not None:
+            id = self._ids.get(path)
+            if id is not None:
                 yield id, row
 
 

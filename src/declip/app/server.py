@@ -207,7 +207,9 @@ def address_of(bound: socket.socket) -> str:
     """The address to open in a browser."""
     host, port = bound.getsockname()[:2]
     host = ANY_ADDRESS.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    if ":" in host:
+        host = f"[{host}]"
+    return f"http://{host}:{port}/"
 
 
 def serve(state: AppState, bound: socket.socket, host: str) -> None:

@@ -86,7 +86,9 @@ def _print_results(run: Any) -> None:
     _print_measures(run)
     seen = run.step * run.recipe.train.batch_size
     speed = run.samples_per_second
-    pace = f"{speed:,.0f} samples/s (median)" if speed else "speed not measured"
+    pace = "speed not measured"
+    if speed:
+        pace = f"{speed:,.0f} samples/s (median)"
     counted = f"{plural(seen, 'sample')} seen in {plural(run.step, 'step')}"
     say(f"{run.recipe.name}, seed {run.recipe.seed}: {counted}, {pace}")
     if not run.evaluated:

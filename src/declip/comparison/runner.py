@@ -75,10 +75,14 @@ def run(study: Study, out: str | Path, progress: bool = True) -> Outcome:
     check(extend_study(study, folder))
     study = open_folder(study, folder, progress)
     # --- the trials that are left; those that failed are tried again
-    left = [trial for trial in study.trials() if not (folder_of(folder, trial) / RESULT).is_file()]
-    for trial in left:
-        (folder_of(folder, trial) / FAILURE).unlink(missing_ok=True)
-    if earlier := [trial for trial in left if trial not in asked]:
+    left = []
+    for trial in study.trials():
+        run_folder = folder_of(folder, trial)
+        if not (run_folder / RESULT).is_file():
+            left.append(trial)
+            (run_folder / FAILURE).unlink(missing_ok=True)
+    earlier = [trial for trial in left if trial not in asked]
+    if earlier:
         names = sorted({trial.variant for trial in earlier})
         log.warning(
             "'%s' also lacks %s of earlier commands, of %s: run now. To leave them out, give another --out.",

@@ -1,7 +1,7 @@
 """Precision of a model in use: float32, or converted to bfloat16 or float16."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Literal, TypeVar, get_args
 
@@ -36,10 +36,11 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     bf16 = computes_bf16(device)
     fp16 = device.type in ("cuda", "mps")
     if precision == "auto":
-        fallback = torch.float16 if device.type == "cuda" else torch.float32
         if bf16:
             return torch.bfloat16
-        return fallback
+        if device.type == "cuda":
+            return torch.float16
+        return torch.float32
     computed = {"fp32": True, "bf16": bf16, "fp16": fp16}
     if not computed[precision]:
         allowed = ", ".join(
@@ -53,10 +54,9 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
 
 def precision_of(model: Encoder) -> str:
     """The precision that a model computes images in; empty without weights."""
+    modules = model.modules()
     if isinstance(model, DualEncoder):
-        modules: Iterator[nn.Module] = iter([model.image_tower] if model.has_image else [])
-    else:
-        modules = model.modules()
+        modules = iter([model.image_tower] if model.has_image else [])
     whole = next(modules, None)  # a module comes before its parts
     if whole is None:
         return ""

@@ -74,7 +74,8 @@ class SiglipImageTower(ImageTower):
         nn.Module.__init__(self)
         self.trunk = module
         self.proj = nn.Identity()
-        self.pre_logits_width = self.token_width = int(module.config.hidden_size)
+        self.token_width = int(module.config.hidden_size)
+        self.pre_logits_width = self.token_width
         self.has_batch_norm = False
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -165,7 +165,8 @@ class TextTower(AnyTextTower):
         super().__init__()
         self.end = end
         self.context = text.context_length
-        self.width = width = text.width
+        width = text.width
+        self.width = width
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(self.context, width))
         gelu = QuickGELU() if text.activation == "quick_gelu" else nn.GELU()

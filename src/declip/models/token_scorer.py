@@ -37,7 +37,8 @@ def token_similarity(
             score = score.unflatten(1, some.shape[:2])
             if key_mask is not None:
                 score.masked_fill_(~key_mask[start : start + block], float("-inf"))
-            best = score.max(dim=-1).values.unflatten(0, tokens.shape[:2])
+            best = score.max(dim=-1).values
+            best = best.unflatten(0, tokens.shape[:2])
             columns.append((best * weight).sum(dim=1))
     return torch.cat(columns, dim=1)
 

@@ -60,7 +60,10 @@ def check_classes(
     names = None
     if classes is not None:
         names = read_classes(classes)
-    check_outputs((None if out is None else csv_path(out),), overwrite)
+    table = None
+    if out is not None:
+        table = csv_path(out)
+    check_outputs((table,), overwrite)
     return names
 
 
@@ -74,7 +77,8 @@ def read_query(
             raise UserError(
                 f"search takes one text and one image, not a {type(text).__name__}; {several}."
             )
-        text, image = None, text
+        image = text
+        text = None
     text = (text or "").strip()
     if not text and image is None:
         raise UserError("Nothing to search for. Give a text, an image (--image FILE), or both.")
@@ -82,7 +86,10 @@ def read_query(
         raise UserError(
             f"weights is {weights}; give two numbers, of text and image, such as 0.7,0.3."
         )
-    return text, None if image is None else read_picture(image)
+    picture = None
+    if image is not None:
+        picture = read_picture(image)
+    return text, picture
 
 
 def parse_where(given: Sequence[str]) -> dict[str, list[str]]:

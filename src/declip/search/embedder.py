@@ -111,7 +111,8 @@ def _load(
 ) -> tuple[DualEncoder, Callable[[Tensor], Tensor], str]:
     """The model of this process, the function that encodes many images, and what identifies both."""
     model = load(where, device, precision)
-    return model, image_encoder(model), f"{fingerprint(model)} {precision_of(model)}"
+    made_by = f"{fingerprint(model)} {precision_of(model)}"
+    return model, image_encoder(model), made_by
 
 
 def _column(batch: Mapping[str, Any], name: str, argument: str) -> list[Any]:

@@ -121,9 +121,9 @@ class IndexInfo(InfoSection):
             return cls.model_validate_json(content)
         except ValidationError as error:
             for problem in error.errors():
-                layout = None
-                if problem["loc"] == ("layout",):
-                    layout = problem["input"]
+                if problem["loc"] != ("layout",):
+                    continue
+                layout = problem["input"]
                 if isinstance(layout, int) and layout > LAYOUT:
                     raise newer(path) from error
             raise UserError(

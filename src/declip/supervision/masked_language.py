@@ -66,7 +66,8 @@ class MaskedLanguage(Term):
     def loss(self, own: Rows, keys: Rows, similarity: Similarity, offset: int) -> Tensor:
         # Divided by all ranks' tokens over the ranks, so that the mean over ranks is the mean over tokens.
         ranks = len(keys) / len(own)
-        count = (keys.extra["count"].sum() / ranks).clamp(min=1 / ranks)
+        total = keys.extra["count"].sum()
+        count = (total / ranks).clamp(min=1 / ranks)
         return cross_entropy(own.extra["logits"], own.extra["targets"], count=count)
 
     def chance(self, batch_size: int) -> float:

@@ -56,7 +56,8 @@ class Queue(nn.Module):
         rows = F.normalize(last, dim=-1)
         before_end = self.size - start
         self.features[start : start + len(rows)] = rows[:before_end]
-        self.features[: max(len(rows) - before_end, 0)] = rows[before_end:]
+        rest = rows[before_end:]
+        self.features[: len(rest)] = rest
         self.pointer = (start + len(rows)) % self.size
         self.written = min(self.written + len(rows), self.size)
 

@@ -309,4 +309,5 @@ def encode_views(model: DualEncoder, views: Sequence[Tensor]) -> ImageFeatures:
     shape = (len(views), -1)
     pooled = torch.cat([some.pooled for some in passes]).unflatten(0, shape)
     pre_logits = torch.cat([some.pre_logits for some in passes]).unflatten(0, shape)
-    return ImageFeatures(pooled, pre_logits, passes[0].tokens[: len(views[0])])
+    tokens = passes[0].tokens[: len(views[0])]
+    return ImageFeatures(pooled, pre_logits, tokens)
