@@ -36,18 +36,18 @@ class HeldOutRanks:
         parts: Sequence[tuple["HeldOutBlock", "HeldOutRanks"]],
     ) -> "HeldOutRanks":
         """Concatenate the ranks of blocks that have all pairs, in the order of the pairs."""
-        images = torch.cat([block.images for block, _ in parts]).argsort()
-        captions = torch.cat([block.captions for block, _ in parts]).argsort()
+        image_order = torch.cat([block.images for block, _ in parts]).argsort()
+        caption_order = torch.cat([block.captions for block, _ in parts]).argsort()
         ranks = [each for _, each in parts]
         first = [block.images[each.first] for block, each in parts]
         return cls(
             owners=pairs.owners,
-            to_text=torch.cat([each.to_text for each in ranks])[images],
-            to_image=torch.cat([each.to_image for each in ranks])[captions],
-            first=torch.cat(first)[captions],
-            images=torch.cat([each.images for each in ranks])[images],
-            fit=torch.cat([each.fit for each in ranks])[captions],
-            losses=torch.cat([each.losses for each in ranks])[images],
+            to_text=torch.cat([each.to_text for each in ranks])[image_order],
+            to_image=torch.cat([each.to_image for each in ranks])[caption_order],
+            first=torch.cat(first)[caption_order],
+            images=torch.cat([each.images for each in ranks])[image_order],
+            fit=torch.cat([each.fit for each in ranks])[caption_order],
+            losses=torch.cat([each.losses for each in ranks])[image_order],
         )
 
     def scores(self) -> Tensor:

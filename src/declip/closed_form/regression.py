@@ -29,16 +29,15 @@ class PosteriorFeatures(NamedTuple):
 
         (…, v + c).
         """
-        own = normalize(project_out(images, self.direction), dim=-1)
+        own = without_direction(images, self.direction)
         logits = images @ self.rows.mT
-        posteriors = logits.log_softmax(dim=-1)
-        powers = (POSTERIOR_POWER * posteriors).exp()
+        log_posteriors = logits.log_softmax(dim=-1)
+        powers = (POSTERIOR_POWER * log_posteriors).exp()
         return torch.cat([own, powers], dim=-1)
 
     def class_features(self) -> Tensor:
         """Features (c, v + c) of the classes: an image that is nothing else, where its class is."""
-        centers = project_out(class_centers(self.rows), self.direction)
-        centers = normalize(centers, dim=-1)
+        centers = without_direction(class_centers(self.rows), self.direction)
         certain = torch.eye(len(centers)).to(centers)
         return torch.cat([centers, certain], dim=1)
 
@@ -89,7 +88,7 @@ def regression_rows(
     centers = own.new_empty(0, own.shape[1])
     if classes is not None and class_weight:
         rows = classes.rows.double()
-        centers = centered(class_centers(rows), mean)[0]
+        centers = without_direction(class_centers(rows), direction)
         if classes.posteriors and len(rows) <= MOST_CLASSES:
             classifier = PosteriorFeatures(rows, direction)
             centers = classifier.class_features()
@@ -102,7 +101,7 @@ def regression_rows(
     for part, converted in zip(own.split(ROWS), images[:count].split(ROWS), strict=True):
         features = part.double()
         if classifier is None:
-            converted.copy_(centered(features, mean)[0])
+            converted.copy_(without_direction(features, direction))
         else:
             converted.copy_(classifier.features(features))
     return RegressionRows(images, texts, owners, weights, direction, classifier)
@@ -111,8 +110,12 @@ def regression_rows(
 def centered(features: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Features (n, v) of unit length without the direction of a mean (v,), and that direction."""
     direction = normalize(mean.to(features), dim=0)
-    rest = project_out(features, direction)
-    return normalize(rest, dim=-1), direction
+    return without_direction(features, direction), direction
+
+
+def without_direction(features: Tensor, direction: Tensor) -> Tensor:
+    """Features (…, v) without their part in a direction (v,), then scaled to unit length."""
+    return normalize(project_out(features, direction), dim=-1)
 
 
 def project_out(rows: Tensor, direction: Tensor) -> Tensor:
