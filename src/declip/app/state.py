@@ -92,7 +92,7 @@ class AppState:
                 self.vectors.update(zip(new, features, strict=True))
             return torch.stack([self.vectors[key] for key in keys])
 
-    def query_vector(self, text: str, template: str = "") -> Tensor:
+    def query_vector(self, text: str, template: str) -> Tensor:
         """(d,) float32 of length 1, the vector that a text is searched by."""
         vector = self.text_vectors([text], template)[0]
         with self.encoding:

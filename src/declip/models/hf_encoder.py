@@ -289,9 +289,8 @@ def quiet_transformers(problem: str, remedy: str = "") -> Iterator[Any]:
 
 
 def _configuration(library: Any, kind: str, sizes: Mapping[str, Any]) -> Any:
-    return library.AutoConfig.for_model(
-        kind, **{name: size for name, size in sizes.items() if name in SIZES}
-    )
+    known = {name: size for name, size in sizes.items() if name in SIZES}
+    return library.AutoConfig.for_model(kind, **known)
 
 
 def _config(given: str, folder: Path) -> dict[str, Any]:

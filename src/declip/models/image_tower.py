@@ -211,7 +211,7 @@ def _pools_a_token(trunk: Any) -> bool:
 
 
 def _create(
-    name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None = None
+    name: str, size: int, options: dict[str, Any], weights: Mapping[str, Tensor] | None
 ) -> Any:
     """Build the timm model of a tower without its classifier."""
     import timm

@@ -22,6 +22,7 @@ from declip.data.text.tokenizer import WrappedTokenizer
 from declip.errors import UserError, check_installed
 from declip.models.hf_encoder import check_context
 from declip.models.image_tower import BatchNorm, ImageTower, grid_tokens
+from declip.models.tensor_names import named_below
 from declip.models.text_tower import AnyTextTower, SelfContained
 
 
@@ -230,11 +231,7 @@ def library_state(
 ) -> dict[str, Tensor]:
     """Name a tower's tensors as the library does: of the projection too, where that is a bare matrix transposed."""
     projection, bare = tower.projection
-    named = {
-        name.removeprefix("trunk."): tensor
-        for name, tensor in state.items()
-        if name.startswith("trunk.")
-    }
+    named = named_below("trunk.", state)
     for name, tensor in state.items():
         head, _, rest = name.partition(".")
         if head not in ("proj", "text_projection"):

@@ -29,7 +29,7 @@ def index_parquet(
     model: str | Path | Encoder,
     folder: Path,
     dtype: Dtype,
-    overwrite: bool = False,
+    overwrite: bool,
 ) -> None:
     """See `Index.from_parquet`."""
     given = [files] if isinstance(files, str | Path) else list(files)

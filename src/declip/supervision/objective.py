@@ -17,6 +17,7 @@ from declip.errors import UserError, unknown
 from declip.io.plugins import load_plugin, plugins
 from declip.models.dual_encoder import DualEncoder
 from declip.models.image_tower import ImageFeatures, ImageTower
+from declip.models.tensor_names import all_but
 from declip.models.text_tower import encode_by_length
 from declip.recipe.schema import Recipe
 from declip.supervision.contrastive import Contrastive, Sigmoid, to_float32
@@ -45,7 +46,7 @@ Terms = Mapping[str, type[Term]]
 NO_TERMS: Terms = MappingProxyType({})
 
 
-def active_terms(recipe: Recipe, terms: Terms = NO_TERMS) -> dict[str, type[Term]]:
+def active_terms(recipe: Recipe, terms: Terms) -> dict[str, type[Term]]:
     """The losses with a weight above 0: those of `TERMS` in its order, then plugins and the caller's `terms`."""
     others = [name for name in recipe.loss_weights if name not in {*TERMS, *terms}]
     installed = plugins("losses") if others else {}
@@ -75,7 +76,7 @@ def without_run_state(heads: Mapping[str, Any], terms: Terms) -> dict[str, Tenso
     """Leave out the tensors of an objective that another run cannot use; see `Term.run_state`."""
     left_out = _names(terms, "run_state")
     tensors = {name: value for name, value in heads.items() if isinstance(value, Tensor)}
-    return {name: tensors[name] for name in tensors if not name.startswith(left_out)}
+    return all_but(left_out, tensors)
 
 
 def _names(terms: Mapping[str, Any], attribute: str) -> tuple[str, ...]:
