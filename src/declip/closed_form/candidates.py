@@ -1,4 +1,4 @@
-"""Candidates of the forms, and which of them is taken by its ranks of left-out pairs."""
+"""Candidate forms, and the choice among them by their ranks of left-out pairs."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -60,7 +60,7 @@ def beats(outcome: HeldOutRanks, start: HeldOutRanks, groups: np.ndarray) -> boo
 
     The gain alone would be above 0 by chance for half of all pairs whose captions mean nothing. An
     interval of the gain that excludes 0 would give up 2 to 3 points with 31 and 62 pairs (mean of
-    R@1 and R@10, sets of `heads.FEW`).
+    R@1 and R@10, measured on the sets of `choice.FEW`).
     """
     gains = outcome.percentiles() - start.percentiles()  # (n,)
     return bool(gains.mean() > 0) and outcome.percentile(groups).low > CHANCE

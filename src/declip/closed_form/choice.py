@@ -32,7 +32,7 @@ FEW = 60
 
 @dataclass(frozen=True)
 class Choice:
-    """Heads for all pairs, with what cross-validation says; None of too few groups."""
+    """Heads for all pairs, with their cross-validation, which is None for too few groups."""
 
     heads: Heads
     form: Form
@@ -106,7 +106,7 @@ def choose_heads(data: FitData, start: Heads | None = None, keep_start: bool = T
 
 
 def improves(choice: Choice, groups: np.ndarray) -> bool:
-    """Whether heads rank left-out pairs better than the start, see `beats`; so too if there is none."""
+    """Whether heads rank left-out pairs better than the start, see `beats`; True without a start."""
     if choice.outcome is None or choice.start is None:
         return True
     return beats(choice.outcome, choice.start, groups)

@@ -30,7 +30,9 @@ def group_mean(values: np.ndarray, groups: np.ndarray) -> Estimate:
     sums = np.bincount(members, values)  # (g,)
     counts = np.bincount(members)
     value = float(values.mean())
-    without = (sums.sum() - sums) / (counts.sum() - counts)
+    other_sums = sums.sum() - sums
+    other_counts = counts.sum() - counts
+    without = other_sums / other_counts
     half = jackknife(without, counts)
     return Estimate(value, value - half, value + half)
 
@@ -49,4 +51,5 @@ def jackknife(without: np.ndarray, sizes: np.ndarray) -> float:
 
 def effective_groups(sizes: np.ndarray) -> float:
     """The number of equal groups that would vary as much as those of these sizes (g,)."""
-    return float(sizes.sum() ** 2 / (sizes**2).sum())
+    squares = (sizes**2).sum()
+    return float(sizes.sum() ** 2 / squares)

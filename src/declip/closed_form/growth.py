@@ -46,7 +46,8 @@ def growth(choice: Choice) -> Growth:
     order = np.random.default_rng(validation.data.seed).permutation(len(names))
     shuffled = sizes[order]
     middle = np.empty(len(names))
-    middle[order] = (shuffled.cumsum() - shuffled / 2) / sizes.sum()
+    images_before = shuffled.cumsum() - shuffled / 2
+    middle[order] = images_before / sizes.sum()
     # --- the best of several ridges with each part
     method, ridge = choice.form
     forms = tuple(Form(method, ridge * times) for times in MORE_RIDGE)

@@ -83,9 +83,10 @@ def nearest(cosines: Tensor) -> Tensor:
     """Powers of the largest cosines (n, a) of each row, 0 elsewhere, of length 1."""
     cosines = cosines.clamp(min=0)
     count = min(NEAREST, cosines.shape[-1])
-    smallest = cosines.topk(count, dim=-1).values[:, -1:]
-    kept = torch.where(cosines >= smallest, cosines**POWER, torch.zeros_like(cosines))
-    return normalize(kept, dim=-1)
+    largest = cosines.topk(count, dim=-1).values
+    is_near = cosines >= largest[:, -1:]
+    powers = torch.where(is_near, cosines**POWER, 0.0)
+    return normalize(powers, dim=-1)
 
 
 @dataclass(frozen=True)

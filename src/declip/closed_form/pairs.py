@@ -97,7 +97,8 @@ def random_rows(count: int, most: int, seed: int) -> Tensor:
 
 def mean_by_owner(rows: Tensor, owners: Tensor, count: int) -> Tensor:
     """Mean of the rows (m, w) of each owner (m,), (count, w)."""
-    sums = rows.new_zeros(count, rows.shape[1]).index_add(0, owners, rows)
+    zeros = rows.new_zeros(count, rows.shape[1])
+    sums = zeros.index_add(0, owners, rows)
     counts = torch.bincount(owners, minlength=count)
     return sums / counts[:, None]
 

@@ -84,8 +84,9 @@ class HeldOutRanks:
         counts = np.vstack([counts, 4 * [mean]])
         all_hits = hits.sum(axis=0)
         all_counts = counts.sum(axis=0)
-        shares = (all_hits - hits) / (all_counts - counts)
-        without = shares.mean(axis=1)
+        other_hits = all_hits - hits
+        other_counts = all_counts - counts
+        without = (other_hits / other_counts).mean(axis=1)
         center = _recall(all_hits, all_counts)
         half = jackknife(without, counts.sum(axis=1))
         low = min(center - half, value)
@@ -107,7 +108,8 @@ class HeldOutRanks:
     def _by_image(self, values: Tensor) -> Tensor:
         """Mean of the captions' values (m,) float64 for each image, (n,)."""
         counts = torch.bincount(self.owners, minlength=len(self.to_text))
-        sums = torch.zeros(len(counts)).double().index_add(0, self.owners, values)
+        zeros = torch.zeros(len(counts)).double()
+        sums = zeros.index_add(0, self.owners, values)
         return sums / counts
 
 

@@ -19,7 +19,7 @@ MOST_CLASSES = 2_000
 
 
 class PosteriorFeatures(NamedTuple):
-    """A classifier whose class posteriors are features of an image, after those that it reads."""
+    """A classifier whose class posteriors are appended to the features that it reads."""
 
     rows: Tensor  # (c, v), its weights; a bias changes nothing measurable
     direction: Tensor  # (v,) of unit length, of the mean feature of images
@@ -36,7 +36,7 @@ class PosteriorFeatures(NamedTuple):
         return torch.cat([own, powers], dim=-1)
 
     def class_features(self) -> Tensor:
-        """Features (c, v + c) of the classes: an image that is nothing else, where its class is."""
+        """Features (c, v + c) of the classes: of an image at the class's center that is certain."""
         centers = without_direction(class_centers(self.rows), self.direction)
         certain = torch.eye(len(centers)).to(centers)
         return torch.cat([centers, certain], dim=1)

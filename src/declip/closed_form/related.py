@@ -121,7 +121,7 @@ def class_neighbors(heads: Heads, classes: ClassPairs) -> Neighbors:
 
 
 def known_pairs(pairs: Pairs, classes: ClassPairs | None, seed: int = 0) -> Neighbors:
-    """Make neighbors of pairs, `MOST` at random, and of a classifier's classes; weights as usual."""
+    """Neighbors among pairs, `MOST` random ones at most, and a classifier's classes; usual weights."""
     rows = random_rows(len(pairs.images), MOST, seed)
     images = pairs.images[rows].float()
     texts = pairs._replace(texts=pairs.texts.float()).mean_texts()[rows]
