@@ -89,7 +89,9 @@ class Factor:
     @property
     def significant(self) -> bool:
         """Whether the interval excludes 1; False without an interval."""
-        return self.low is not None and self.high is not None and not self.low <= 1 <= self.high
+        if self.low is None or self.high is None:
+            return False
+        return not self.low <= 1 <= self.high
 
 
 def pairs_needed(pairs: Sequence[int], means: np.ndarray, value: float) -> tuple[float | None, str]:
@@ -126,9 +128,10 @@ def factor(a: EfficiencyCurve, b: EfficiencyCurve) -> Factor:
     The interval is Student's t over each seed's log factor, see `_seed_logs`. It needs at least two seeds, the same
     ones at every number of pairs of both.
     """
+    values = _rising(b.means).tolist()
     at = tuple(
         FactorAt(pairs, value, *pairs_needed(a.pairs, a.means, value))
-        for pairs, value in zip(b.pairs, _rising(b.means).tolist(), strict=True)
+        for pairs, value in zip(b.pairs, values, strict=True)
     )
     overlapping = intervals_overlap(a, b)
     inside = [log(one.factor) for one in at if one.factor is not None]

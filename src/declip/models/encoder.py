@@ -115,7 +115,8 @@ class PlainEncoder(Complete):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, S, S) normalized pixels → (n, d)."""
-        return self._embeddings("encode_image", self.model.encode_image(images), len(images))
+        result = self.model.encode_image(images)
+        return self._embeddings("encode_image", result, len(images))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(m, L) token ids → (m, d)."""
@@ -124,11 +125,13 @@ class PlainEncoder(Complete):
 
     def preprocess(self, images: list[Image.Image]) -> Tensor:
         """PIL images → (n, 3, S, S) normalized pixels."""
-        return self._rows("preprocess", self.model.preprocess(images), len(images))
+        result = self.model.preprocess(images)
+        return self._rows("preprocess", result, len(images))
 
     def preprocessor(self, images: list[Image.Image]) -> Tensor:
         """`preprocess` on the host, for worker processes."""
-        return self._rows("preprocess", self.own_preprocessor(images), len(images))
+        result = self.own_preprocessor(images)
+        return self._rows("preprocess", result, len(images))
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Texts → (m, L) token ids."""

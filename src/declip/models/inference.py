@@ -31,7 +31,8 @@ def chunked(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     if images.device.type != "cpu":
         return encode(images)
     height, width = images.shape[2:]
-    most = max(1, torch.get_num_threads() * PIXELS // (height * width))
+    pixels = torch.get_num_threads() * PIXELS
+    most = max(1, pixels // (height * width))
     return torch.cat([encode(part) for part in images.split(most)])
 
 

@@ -1,4 +1,4 @@
-"""Texts that are a word for several of the start's classes, such as "animal": their images are compared too.
+"""Queries that name several of the start's classes, such as "animal": images of these classes are compared too.
 
 The sentence encoder knows what an animal is called, the classifier what 398 animals look like.
 """

@@ -122,7 +122,8 @@ class Classifier:
             number = _numbers(known, source.class_names)
             how = Batching(batch_size, workers, progress)
             features = encode_images(encoder, source, how, encode=encode, exact=False)
-            labels = torch.from_numpy(number[source.columns["label"][features.indices]])
+            own_numbers = source.columns["label"][features.indices]
+            labels = torch.from_numpy(number[own_numbers])
             skipped = features.skipped
             given = Examples(features.images, labels, names, width)
             groups = np.arange(len(labels))
@@ -229,12 +230,11 @@ def _open_examples(
     table = None
     if isinstance(examples, str | Path):
         table = find_table(examples)
-    by_column = label_column is not None or columns.group is not None
-    if isinstance(examples, str | Path):
         if table is None and columns.group is not None:
             raise UserError(
                 f"--group-column {columns.group} requires a table of examples, but '{examples}' is none."
             )
+        by_column = label_column is not None or columns.group is not None
         folder = Path(examples).expanduser()
         if folder.is_dir() and not (by_column and table is not None):
             examples = f"folder:{folder}"

@@ -156,10 +156,9 @@ class Index:
     @cached_property
     def text_model(self) -> Encoder:
         """The model to encode texts with: without its image tower, if that would have to be loaded first."""
-        is_loaded = "model" in vars(self) or not isinstance(self._model_given, str | Path | None)
-        read = None
-        if not is_loaded:
-            read = read_text(self._model_path())
+        if "model" in vars(self) or not isinstance(self._model_given, str | Path | None):
+            return self.model
+        read = read_text(self._model_path())
         if read is None:
             return self.model
         weights, tensors = read
@@ -197,7 +196,8 @@ class Index:
         if picture is not None:
             with eval_mode(self.model):
                 pixels = self.model.preprocess([picture])
-            vectors.append(image_features(self.model, pixels, self.model.encode_image)[0])
+            features = image_features(self.model, pixels, self.model.encode_image)
+            vectors.append(features[0])
         if len(vectors) == 1:
             return vectors[0]
         return mix(vectors[0], vectors[1], weights)

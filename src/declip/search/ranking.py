@@ -1,4 +1,4 @@
-"""What a person sees of a ranking: images with a value in a column, and near copies as one hit."""
+"""Hits of a ranking: only images with given values in columns, and near copies as one hit."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
