@@ -36,4 +36,6 @@ class Request:
         if keep:
             given["evaluation.keep"] = [absolute(name) for name in keep]
         start = None if weights is None else str(weights)
-        return cls(str(pairs), start, read_overrides(given, freeze), tuple(map(str, val)), freeze)
+        keys = read_overrides(given, freeze)
+        val_names = tuple(map(str, val))
+        return cls(str(pairs), start, keys, val_names, freeze)

@@ -85,7 +85,8 @@ def finetune(
         )
     held_out = held_out_sets(val)
     (source, *sets), sources = name_sources(pairs, *held_out, *held_out_sets(keep))
-    val_sets, kept_sets = sets[: len(held_out)], sets[len(held_out) :]
+    val_sets = sets[: len(held_out)]
+    kept_sets = sets[len(held_out) :]
     folder = FINETUNED if out is None else Path(out).expanduser()
     check_run_folder(folder, resume)
     request = Request.of(source, folder_or_name(weights), overrides, val_sets, kept_sets, freeze)
@@ -152,7 +153,8 @@ class Start:
         """The keys of the recipe for a number of pairs."""
         on_cpu = self.device.type == "cpu"
         frozen = on_cpu or self._own  # unless the user says otherwise
-        given, freeze = self.request.keys, self.request.freeze
+        given = self.request.keys
+        freeze = self.request.freeze
         keys = settings(pairs, self._kind, frozen, freeze, given, validated)
         if starter.matches(self.name) and on_cpu:
             keys.setdefault("image.size", STARTS[self.name])
@@ -175,7 +177,9 @@ class Start:
             return "heads"
         if not self.weights.has_text:
             return "image"
-        return "whole" if self.weights.projected else "heads"
+        if self.weights.projected:
+            return "whole"
+        return "heads"
 
 
 def _fit_heads(
@@ -188,9 +192,11 @@ def _fit_heads(
         return None  # a run that trained towers continues
     if not start.closed:
         return None
-    request, held_out = start.request, HeldOutSets(start.checked.data, sources)
+    request = start.request
+    held_out = HeldOutSets(start.checked.data, sources)
     opened = open_source(request.pairs, Columns.of(start.checked.data), sources)
-    val, splits = request.val, splits_of(opened)
+    val = request.val
+    splits = splits_of(opened)
     if not val and "validation" in splits:
         own = Subset(opened, splits["validation"], f"the validation split of {opened.name}")
         held_out.opened[own.name] = Dataset(own.name, {"test": lambda: own})
@@ -241,7 +247,8 @@ def _train_towers(
         # Rank 0 alone writes, and only into a folder that it holds
         hosts.on_rank_zero(partial(held.enter_context, lock_run_folder(folder)))
         if resume and (folder / RECIPE).is_file():
-            recipe = moved_lists(load_recipe(folder / RECIPE, start.request.keys), folder)
+            stored = load_recipe(folder / RECIPE, start.request.keys)
+            recipe = moved_lists(stored, folder)
             hosts.on_rank_zero(partial(_refuse_others, recipe, start.request))
             prepared = NOTHING_PREPARED
         else:
@@ -254,8 +261,11 @@ def _train_towers(
         mixes = whole and recipe.train.patience is not None
 
         def finish(folder: Path, model: DualEncoder) -> None:
-            mixed = mix_with_start(folder, state.held_out, progress) if mixes else None
-            write_finetuned(folder, model if mixed is None else mixed, state.held_out)
+            if mixes:
+                mixed = mix_with_start(folder, state.held_out, progress)
+                if mixed is not None:
+                    model = mixed
+            write_finetuned(folder, model, state.held_out)
 
         return Trainer(state, progress).train(finish)
 
@@ -304,7 +314,9 @@ def _refuse_others(recipe: Recipe, request: Request) -> None:
             f"There is no '{named}', the list of this run's pairs. Rename its folder back, and run from the "
             "same working folder."
         )
-    tune, weights, freeze = recipe.finetune, request.weights, request.freeze
+    tune = recipe.finetune
+    weights = request.weights
+    freeze = request.freeze
     others = []
     if _source_of(request.pairs) != _source_of(named):
         others.append(f"PAIRS={request.pairs}")
@@ -333,13 +345,15 @@ def training_recipe(
     start: Start, folder: Path, progress: bool = True, sources: Sources = NO_SOURCES
 ) -> tuple[Recipe, Split]:
     """Resolve the recipe of a run and choose its pairs, whose lists the folder will have."""
-    request, checked = start.request, start.checked
+    request = start.request
+    checked = start.checked
     split = choose_pairs(request, checked, folder, progress, sources)
     count = min(len(split.train), checked.data.max_pairs or len(split.train))
     keys = start.keys(count, bool(split.val))
     name: str | None = split.name
     if len(split.train) == 1:  # a batch has two pairs at least
-        keys["data.source"], name = [name, name], None
+        keys["data.source"] = [name, name]
+        name = None
     recipe = load_for_training("finetune", keys, name, split.val, known={*split.sources})
     return recipe, split
 

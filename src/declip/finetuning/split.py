@@ -43,24 +43,29 @@ def choose_pairs(
     Pairs that the weights of the recipe were trained on are not validated on. Cross-validation measures heads in
     closed form, so nothing is split off for them.
     """
-    pairs, columns = request.pairs, Columns.of(recipe.data)
+    pairs = request.pairs
+    columns = Columns.of(recipe.data)
     seen = pairs_of(str(recipe.finetune.pretrained))
     source = open_source(pairs, columns, sources)
-    train, held_out = training_part(source), HeldOutSets(recipe.data, sources)
+    train = training_part(source)
+    held_out = HeldOutSets(recipe.data, sources)
     unsplit = Split(train, pairs, request.val, {**sources, pairs: source}, held_out)
     if request.val:
-        for trained in [train] if seen is None else [train, seen]:
-            check_copies(trained, list(map(held_out.test, request.val)), progress)
+        validated = list(map(held_out.test, request.val))
+        check_copies(train, validated, progress)
+        if seen is not None:
+            check_copies(seen, validated, progress)
         return unsplit
     if "validation" not in splits_of(source) and len(train) < FEWEST:
         _check_few(train)
         return unsplit
     parts = split_pairs(source, progress=progress, seen=seen)
     own, val = names = [str(folder / name) for name in SPLIT]
-    lists = {
-        name: list_of(pairs, columns, source, part) for name, part in zip(names, parts, strict=True)
-    }
-    opened = {name: Subset(source, part) for name, part in zip(names, parts, strict=True)}
+    lists = {}
+    opened = {}
+    for name, part in zip(names, parts, strict=True):
+        lists[name] = list_of(pairs, columns, source, part)
+        opened[name] = Subset(source, part)
     held_out.opened[val] = Dataset(val, {"test": lambda: opened[val]})
     return Split(opened[own], own, (val,), {**sources, **opened}, held_out, lists)
 
@@ -71,7 +76,8 @@ def open_lists(lists: Lists, sources: Sources) -> Sources:
         return sources
     first = next(iter(lists.values()))
     whole = open_source(first.source, first.columns, sources)
-    return {**sources, **{path: listed.of(whole, Path(path)) for path, listed in lists.items()}}
+    opened = {path: listed.of(whole, Path(path)) for path, listed in lists.items()}
+    return {**sources, **opened}
 
 
 def pairs_of(weights: str) -> PairSource | None:
@@ -92,7 +98,9 @@ def pairs_of(weights: str) -> PairSource | None:
             f"The pairs that '{weights}' was trained on cannot be compared with yours: {error}"
         )
         return None
-    return None if source.remote or len(source) > MOST_SEEN else source
+    if source.remote or len(source) > MOST_SEEN:
+        return None
+    return source
 
 
 def _check_few(source: PairSource) -> None:

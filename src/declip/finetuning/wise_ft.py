@@ -25,11 +25,15 @@ def interpolate(start: DualEncoder, end: DualEncoder, alpha: float) -> DualEncod
 
     The new model is in evaluation mode. Running statistics of batch norm are interpolated like weights.
     """
-    first, last, mixed = start.state_dict(), end.state_dict(), copy.deepcopy(end)
-    floats = {name for name, tensor in last.items() if tensor.is_floating_point()}
-    mixed.load_state_dict(
-        last | {name: torch.lerp(first[name], last[name], alpha) for name in floats}
-    )
+    first = start.state_dict()
+    last = end.state_dict()
+    mixed = copy.deepcopy(end)
+    interpolated = {
+        name: torch.lerp(first[name], tensor, alpha)
+        for name, tensor in last.items()
+        if tensor.is_floating_point()
+    }
+    mixed.load_state_dict(last | interpolated)
     return mixed.eval()
 
 
@@ -37,8 +41,10 @@ def ends_of(folder: Path, device: str = "auto") -> tuple[DualEncoder, DualEncode
     """Load the pretrained and the fine-tuned model of a run that started from a whole model."""
     start = load_pretrained(run_folder.read_recipe(folder).finetune, folder, resume=True)
     assert start is not None, "the run started from weights"
-    models = start.check().build(), read_checkpoint(folder, mixed=False).check().build()
-    return models[0].to(pick_device(device)).eval(), models[1].to(pick_device(device)).eval()
+    pretrained = start.check().build()
+    tuned = read_checkpoint(folder, mixed=False).check().build()
+    target = pick_device(device)
+    return pretrained.to(target).eval(), tuned.to(target).eval()
 
 
 def mix_with_start(
@@ -79,8 +85,8 @@ def set_scores(
 ) -> dict[str, float]:
     """R@1 (mean of both directions) or top-1 on each validation set and each set of `evaluation.keep`."""
     tasks = held_out.tasks(wanted, final=False) | held_out.tasks_to_keep(wanted)
-    results = {
-        name: held_out.measure(model, {name: protocols}, progress)
-        for name, protocols in tasks.items()
-    }
-    return {name: fmean(result.headline.value for result in each) for name, each in results.items()}
+    scores = {}
+    for name, protocols in tasks.items():
+        results = held_out.measure(model, {name: protocols}, progress)
+        scores[name] = fmean(result.headline.value for result in results)
+    return scores

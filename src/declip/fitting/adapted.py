@@ -106,7 +106,8 @@ class Adapted(Complete):
 
     def merged(self) -> DualEncoder:
         """The same model with the heads in place of the towers' projections."""
-        return self.weights().build().to(self.base.device).eval()
+        model = self.weights().build()
+        return model.to(self.base.device).eval()
 
     def weights(self) -> Weights:
         """The weights of the merged model."""
@@ -117,7 +118,8 @@ class Adapted(Complete):
             kept = {n: t for n, t in tensors.items() if not n.startswith(PROJECTIONS)}
             tensors = kept | self.projections()
             recipe = recipe.with_keys({"embed_dim": self._width})
-        return Weights(recipe, {n: t.cpu() for n, t in tensors.items()}, self.base.name)
+        on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
+        return Weights(recipe, on_host, self.base.name)
 
     @property
     def _towers(self) -> DualEncoder:
@@ -142,9 +144,10 @@ class Adapted(Complete):
     def projections(self) -> dict[str, Tensor]:
         """The tensors that replace the projections, and the logit scale, by the names of `DualEncoder`."""
         assert self.heads is not None, "the base keeps its projections"
-        known, firsts = self.heads.neighbors, self.base.projections
-        image = self._projection(self.heads.image, firsts[0])
-        text = self._projection(self.heads.text, firsts[1])
+        known = self.heads.neighbors
+        first_image, first_text = self.base.projections
+        image = self._projection(self.heads.image, first_image)
+        text = self._projection(self.heads.text, first_text)
         classifier = self.heads.classifier
         if classifier is not None:
             image |= {"classes": classifier.rows.float(), "direction": classifier.direction.float()}
@@ -164,14 +167,17 @@ class Adapted(Complete):
         if first is None:
             return {"weight": rows}
         if not self.base.projected:
-            bias = {} if first.bias is None else {"bias": torch.zeros(len(rows))}
-            return {"weight": rows, **bias}
+            tensors = {"weight": rows}
+            if first.bias is not None:
+                tensors["bias"] = torch.zeros(len(rows))
+            return tensors
         own = {name: tensor.cpu() for name, tensor in first.state_dict().items()}
         if isinstance(first, NeighborProjection):
             return own | {"axes": own["axes"] @ rows.mT}
         if isinstance(first, nn.Identity):
             return {"weight": rows}
         linear = linear_name(first)
-        if f"{linear}bias" in own:
-            own[f"{linear}bias"] = rows @ own[f"{linear}bias"]
+        bias = f"{linear}bias"
+        if bias in own:
+            own[bias] = rows @ own[bias]
         return own | {f"{linear}weight": rows @ own[f"{linear}weight"]}

@@ -45,7 +45,8 @@ class EncoderBase:
     """
 
     def __init__(self, model: Encoder, name: str = "") -> None:
-        self.model, self.name = model, name
+        self.model = model
+        self.name = name
         self.projected = True  # features are embeddings in one space
         self._sources: dict[PairSource, SourceFeatures] = {}
 
@@ -70,7 +71,8 @@ class EncoderBase:
     def pool_text(self, tokens: Tensor) -> Tensor:
         """(m, L) token ids → (m, w) float32."""
         with eval_mode(self.model) as device:
-            return normalize(self.model.encode_text(tokens.to(device)).float().cpu(), dim=-1)
+            features = self.model.encode_text(tokens.to(device))
+            return normalize(features.float().cpu(), dim=-1)
 
     def pool_captions(self, captions: Sequence[str], progress: bool = False) -> Tensor:
         """(m, w) float32; rows of equal captions are equal bit for bit."""
@@ -103,7 +105,8 @@ class Base(EncoderBase):
     ) -> None:
         super().__init__(model, name)
         self.projected = projected
-        images, texts = tower_digest(model, IMAGE), tower_digest(model, TEXT)
+        images = tower_digest(model, IMAGE)
+        texts = tower_digest(model, TEXT)
         self._exact = VectorCache(f"{images}-fp32")
         self._images = self._exact
         if precision != "fp32":
@@ -129,7 +132,8 @@ class Base(EncoderBase):
 
     def pool_text(self, tokens: Tensor) -> Tensor:
         """(m, L) token ids → (m, w) float32."""
-        return self._embed(self.model.text_tower.text_projection, self._pool_text(tokens))
+        pooled = self._pool_text(tokens)
+        return self._embed(self.model.text_tower.text_projection, pooled)
 
     def pool_captions(self, captions: Sequence[str], progress: bool = False) -> Tensor:
         """(m, w) float32; rows of equal captions are equal bit for bit."""
@@ -151,7 +155,8 @@ class Base(EncoderBase):
         if not self.projected:
             return pooled
         device = self.model.logit_scale.device
-        return normalize(projection(pooled.to(device)).float(), dim=-1).cpu()
+        embedded = projection(pooled.to(device))
+        return normalize(embedded.float(), dim=-1).cpu()
 
 
 def base_of(model: object) -> EncoderBase:
@@ -171,7 +176,8 @@ class _LazyPool:
     """The image tower of a model in a precision, built at its first use: all features may be known."""
 
     def __init__(self, model: DualEncoder, precision: str) -> None:
-        self.model, self.precision = model, precision
+        self.model = model
+        self.precision = precision
 
     @cached_property
     def tower(self) -> Any:
@@ -180,7 +186,8 @@ class _LazyPool:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         images = normalized(self.model, pixels.to(self.model.device))
-        return self.tower.pool(images.to(next(self.tower.parameters()).dtype))
+        dtype = next(self.tower.parameters()).dtype
+        return self.tower.pool(images.to(dtype))
 
 
 def image_pool(model: DualEncoder, precision: str) -> Any:

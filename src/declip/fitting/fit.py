@@ -46,7 +46,8 @@ class Fitted:
 
     def measures(self) -> dict[str, Any]:
         """The choice, and the measures of left-out pairs if there were enough, as JSON holds them."""
-        features, choice = self.features, self.choice
+        features = self.features
+        choice = self.choice
         neighbors = choice.heads.neighbors
         known: dict[str, Any] = {
             "pairs": len(features.pairs.images),
@@ -62,7 +63,8 @@ class Fitted:
         if choice.outcome is None:
             return known
         known |= _measure(choice, choice.outcome, features.groups)
-        indices, images = features.image_indices, features.pairs.images
+        indices = features.image_indices
+        images = features.pairs.images
         known["leaking"] = leaking_column(self.source, indices, images, features.groups)
         return known
 
@@ -96,7 +98,8 @@ class Fitted:
         firsts = np.searchsorted(owners, neighbors.rows)
         found = []
         for row in firsts.tolist():
-            key = self.source[int(self.features.indices[row])].key
+            index = int(self.features.indices[row])
+            key = self.source[index].key
             found.append((key, self.features.captions[row]))
         return found
 
@@ -109,16 +112,20 @@ class Fitted:
         for alpha, choice in mixed_choices(self.linear, alphas).items():
             if alpha == 1:
                 choice = self.choice
-            mixed[alpha] = replace(self, model=_adapt(self.model.base, choice), choice=choice)
+            model = _adapt(self.model.base, choice)
+            mixed[alpha] = replace(self, model=model, choice=choice)
         return mixed
 
     @property
     def start(self) -> Adapted | None:
         """The model without any fitting; None if its base has neither projections nor classes."""
-        base, heads = self.model.base, self.choice.start_heads
+        base = self.model.base
+        heads = self.choice.start_heads
         if base.projected:
             return _adapt(base, replace(self.choice, form=START))
-        return None if heads is None else Adapted(base, heads, self.choice.logit_scale)
+        if heads is None:
+            return None
+        return Adapted(base, heads, self.choice.logit_scale)
 
 
 def fit(
@@ -170,7 +177,9 @@ def fit(
         choice = choose_neighbors(linear, data)
     if choice.form == START:
         linear = choice
-    count = 0 if classes is None else len(classes.rows)
+    count = 0
+    if classes is not None:
+        count = len(classes.rows)
     return Fitted(_adapt(base, choice), choice, linear, features, source, count, seed)
 
 
@@ -183,7 +192,8 @@ def _adapt(base: EncoderBase, choice: Choice) -> Adapted:
 
 def _measure(choice: Choice, outcome: HeldOutRanks, groups: np.ndarray) -> dict[str, Any]:
     """Measures of the heads, beside the same of the start or of chance."""
-    own, start = outcome.percentiles().numpy(), choice.start
+    own = outcome.percentiles().numpy()
+    start = choice.start
     measures: dict[str, Any] = {"percentile": outcome.percentile(groups)._asdict()}
     before = np.full(len(own), 0.5)
     if start is not None:

@@ -47,9 +47,14 @@ def read_features(
         max_broken: Fraction of broken pairs above which a `UserError` is raised.
     """
     # --- one pass over the images, for features and for the hashes that the groups are made of
-    batches = np.split(np.arange(len(source)), range(BATCH, len(source), BATCH))
-    workers = usual_workers() if len(source) > MANY else 0
-    images, rows, texts = list[Tensor](), list[PairRow](), list[tuple[str, ...]]()
+    indices = np.arange(len(source))
+    batches = np.split(indices, range(BATCH, len(source), BATCH))
+    workers = 0
+    if len(source) > MANY:
+        workers = usual_workers()
+    images = list[Tensor]()
+    rows = list[PairRow]()
+    texts = list[tuple[str, ...]]()
     skipped = SkipCounter()
     reader = _Reader(base.model.preprocessor)
     stream = encode_batches(
@@ -89,7 +94,8 @@ class _Reader:
         captions = pair.captions()
         if not isinstance(self.preprocess, Preprocess):  # of another library, which takes images
             image = Image.fromarray(pair.image())
-            return image, (compared_row(image, captions, index), captions)
+            row = compared_row(image, captions, index)
+            return image, (row, captions)
         pixels = pair.image(self.preprocess.enough)
         row = compared_row(Image.fromarray(pixels), captions, index)
         return self.preprocess.resized(pixels), (row, captions)

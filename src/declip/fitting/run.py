@@ -18,7 +18,6 @@ from declip.data.pair import PairSource
 from declip.data.sources.checks import caption_warnings, describe_source, refuse_broken
 from declip.errors import UserError
 from declip.evaluation.held_out import HeldOutSets
-from declip.evaluation.protocols import Options
 from declip.evaluation.results import Result
 from declip.fitting.adapted import Adapted
 from declip.fitting.base import Base, EncoderBase, check_linear
@@ -68,15 +67,18 @@ class FitTask:
 
 def run_fit(task: FitTask, folder: Path) -> FittedRun:
     """Fit heads, measure them, and write the folder, which appears when it is complete."""
-    recipe, weights, source = task.recipe, task.weights, task.source
+    recipe = task.recipe
+    weights = task.weights
+    source = task.source
     tasks = task.held_out.tasks(recipe.evaluation, final=True)
     for name in tasks:
         refuse_broken(task.held_out.test(name), recipe.data.max_broken_fraction)
     base = open_own(recipe) if weights is None else open_base(recipe, weights)
     log.info("Fitting: %s", describe_source(source))
     tokenizer = base.model.tokenizer
-    for warning in [] if tokenizer is None else caption_warnings(source, tokenizer):
-        log.warning(warning)
+    if tokenizer is not None:
+        for warning in caption_warnings(source, tokenizer):
+            log.warning(warning)
     # --- heads
     named = None if weights is None else named_weights(recipe, weights)
     classes = None
@@ -95,8 +97,10 @@ def run_fit(task: FitTask, folder: Path) -> FittedRun:
         progress=task.progress,
     )
     # --- the sets to keep, and the mixture of the heads with the start
-    known, curve = fitted.measures(), fitted.curve()
-    before, mixture = list[Result](), dict[str, Any]()
+    known = fitted.measures()
+    curve = fitted.curve()
+    before = list[Result]()
+    mixture = dict[str, Any]()
     if recipe.evaluation.keep and fitted.start is not None:
         before = _evaluate(fitted.start, tasks, task)
         mixtures = fitted.mixtures(ALPHAS)
@@ -149,7 +153,8 @@ def open_base(recipe: Recipe, weights: Weights) -> Base:
             f"'{weights.origin}' has no text tower to freeze. Leave --freeze out, or give a text "
             "encoder too: --from timm:NAME/FILE+ENCODER."
         )
-    device, precision = pick_device(recipe.train.device), recipe.train.precision
+    device = pick_device(recipe.train.device)
+    precision = recipe.train.precision
     if precision == "auto":
         precision = "bf16" if computes_bf16(device) else "fp32"
     model = base_model(weights, recipe)
@@ -199,9 +204,8 @@ def _scores(fitted: Fitted, task: FitTask) -> dict[str, float]:
         scores[LEFT_OUT] = fitted.choice.outcome.recall(1, fitted.features.groups).value
     tasks = task.held_out.tasks(task.recipe.evaluation, final=False)
     tasks |= task.held_out.tasks_to_keep(task.recipe.evaluation)
-    options = Options(progress=task.progress)
     for name, protocols in tasks.items():
-        results = task.held_out.measure(fitted.model, {name: protocols}, options.progress)
+        results = task.held_out.measure(fitted.model, {name: protocols}, task.progress)
         scores[name] = fmean(result.headline.value for result in results)
     return scores
 
@@ -240,7 +244,8 @@ def _write_model(
     """Write the heads, and exports that stand alone."""
     weights = fitted.model.weights()
     model = weights.build().eval()
-    write_heads(partial / HEADS, StoredHeads.of(folder, base, weights, fingerprint(model)))
+    heads = StoredHeads.of(folder, base, weights, fingerprint(model))
+    write_heads(partial / HEADS, heads)
     pairs = len(fitted.source)
     record = ModelRecord(model, step=1, pairs=pairs, fitted=dict(known), results=results)
     export_complete(record, partial / EXPORTS)
@@ -265,7 +270,8 @@ def _write_known(path: Path, fitted: Fitted, weights: Weights | None) -> None:
 
 def _facts(fitted: Fitted, mixture: Mapping[str, Any]) -> dict[str, Any]:
     """Facts for the report, see `FittedRun.facts`."""
-    source, image_of = fitted.source, thumbnails_of(fitted.source)
+    source = fitted.source
+    image_of = thumbnails_of(source)
     pairs = {
         "name": source.name,
         "pairs": len(source),
@@ -283,14 +289,15 @@ def _facts(fitted: Fitted, mixture: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe(fitted: Fitted, recipe: Recipe) -> dict[str, str]:
     """Sentences below the title of the report."""
-    base, towers = fitted.model.base, recipe.image
+    base = fitted.model.base
+    image = base.model.class_name
+    if isinstance(base, Base):
+        image = f"{recipe.image.model} at {recipe.image.size} px"
     millions = sum(parameter.numel() for parameter in fitted.model.parameters()) / 1e6
     return {
         "base": f"fitted to {base.name}",
         "size": f"{millions:.1f} million parameters",
-        "image": f"{towers.model} at {towers.size} px"
-        if isinstance(base, Base)
-        else base.model.class_name,
+        "image": image,
         "seed": f"seed {recipe.seed}",
     }
 

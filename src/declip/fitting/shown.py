@@ -22,7 +22,8 @@ def compared_queries(fitted: Fitted, image_of: Thumbnails) -> dict[str, Any]:
     part. Without a start, or where it stays, the images before are the same. Empty if nothing
     was measured.
     """
-    choice, features = fitted.choice, fitted.features
+    choice = fitted.choice
+    features = fitted.features
     now = choice.outcome
     if now is None:
         return {}
@@ -50,7 +51,8 @@ def compared_queries(fitted: Fitted, image_of: Thumbnails) -> dict[str, Any]:
 
 def _outcomes(before: HeldOutRanks, now: HeldOutRanks) -> np.ndarray:
     """(m,) index in `OUTCOMES` of each caption."""
-    was_right, is_right = before.to_image == 0, now.to_image == 0
+    was_right = before.to_image == 0
+    is_right = now.to_image == 0
     outcomes = torch.full_like(now.to_image, OUTCOMES.index("neither"))
     outcomes[was_right & is_right] = OUTCOMES.index("both")
     outcomes[was_right & ~is_right] = OUTCOMES.index("before")
@@ -60,9 +62,13 @@ def _outcomes(before: HeldOutRanks, now: HeldOutRanks) -> np.ndarray:
 
 def _sample(fitted: Fitted, outcomes: np.ndarray) -> list[int]:
     """Random captions of different images, spread evenly over the order of outcomes."""
-    owners, captions = fitted.features.pairs.owners.tolist(), fitted.features.captions
-    images, texts, rows = set[int](), set[str](), list[int]()
-    for row in np.random.default_rng(fitted.seed).permutation(len(captions)).tolist():
+    owners = fitted.features.pairs.owners.tolist()
+    captions = fitted.features.captions
+    images = set[int]()
+    texts = set[str]()
+    rows = list[int]()
+    order = np.random.default_rng(fitted.seed).permutation(len(captions))
+    for row in order.tolist():
         if owners[row] not in images and captions[row] not in texts:
             images.add(owners[row])
             texts.add(captions[row])
@@ -70,7 +76,7 @@ def _sample(fitted: Fitted, outcomes: np.ndarray) -> list[int]:
     rows.sort(key=lambda row: outcomes[row])
     count = min(SHOWN_QUERIES, len(rows))
     chosen = np.linspace(0, len(rows) - 1, count).round().astype(np.int64)
-    return [rows[place] for place in chosen.tolist()]
+    return [rows[index] for index in chosen.tolist()]
 
 
 def worst_captions(fitted: Fitted, image_of: Thumbnails) -> list[dict[str, Any]]:
@@ -90,4 +96,6 @@ def worst_captions(fitted: Fitted, image_of: Thumbnails) -> list[dict[str, Any]]
 def _image(image_of: Thumbnails, index: int) -> dict[str, str] | None:
     """A thumbnail as JSON holds it; None for an image that can no longer be read."""
     image = image_of(index)
-    return None if image is None else image._asdict()
+    if image is None:
+        return None
+    return image._asdict()

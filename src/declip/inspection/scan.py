@@ -74,7 +74,8 @@ def inspect_source(
         columns: For tables, see `open_source`.
     """
     # --- the sources
-    check_range("sample", 1 if sample is None else sample, 1)
+    if sample is not None:
+        check_range("sample", sample, 1)
     check_range("seed", seed, 0)
     check_range("workers", workers or 0, 0)
     check_range("size", size, 1)
@@ -89,7 +90,9 @@ def inspect_source(
         generator = np.random.default_rng((seed, total))
         indices = np.sort(generator.choice(total, sample, replace=False))
     whole = len(indices) == total
-    title = f"Pairs of {source.name}" if progress else ""
+    title = ""
+    if progress:
+        title = f"Pairs of {source.name}"
     read = reading.read(source, indices, reading.counted_row, workers, title)
     drawn = Sample(source, read, whole)
     # --- statistics of the usable pairs, leakage, and what follows
@@ -115,7 +118,9 @@ def inspect_source(
         credit=source.credit,
         **facts,
     )
-    return replace(inspection, findings=find(inspection), seconds=time.perf_counter() - start)
+    findings = find(inspection)
+    seconds = time.perf_counter() - start
+    return replace(inspection, findings=findings, seconds=seconds)
 
 
 class Sample(NamedTuple):
@@ -132,7 +137,9 @@ class Sample(NamedTuple):
 
 def _leakage(sample: Sample, other: PairSource, workers: int | None, progress: bool) -> Leakage:
     """Find the pairs whose image looks like one of another source."""
-    title = f"Images of {other.name}" if progress else ""
+    title = ""
+    if progress:
+        title = f"Images of {other.name}"
     indices = np.arange(len(other))
     seen, _, skipped = reading.read(other, indices, reading.image_row, workers, title)
     if not len(seen):
@@ -155,15 +162,18 @@ def _describe(sample: Sample, size: int, batch_size: int, seed: int) -> dict[str
     same = equal_groups(pairs["exact"])
     alike = reading.near_groups(pairs["look"])
     texts = equal_groups(lines["hash"])
-    hashes = lines["hash"][np.unique(texts, return_index=True)[1]]  # of each text
+    _, first = np.unique(texts, return_index=True)
+    hashes = lines["hash"][first]  # of each text
     owners = np.repeat(np.arange(n), counts)  # (captions,), the pair of each
     # A text that a pair has twice counts once
-    owners_of, shown = np.unique(np.stack([owners, texts]), axis=1)
+    both = np.stack([owners, texts])
+    owners_of, shown = np.unique(both, axis=1)
     generator = np.random.default_rng((seed, n, 1))
     chosen = np.sort(generator.choice(n, min(EXAMPLES, n), replace=False))
     # Each pair shows one of its captions, as in an epoch; of all couples of pairs, how many show the same?
     own = (generator.random(n) * counts).astype(np.int64)
-    sizes = np.bincount(texts[np.cumsum(counts) - counts + own])
+    starts = np.cumsum(counts) - counts
+    sizes = np.bincount(texts[starts + own])
     couples = (sizes * (sizes - 1)).sum()
     equal = float(couples / max(1, n * (n - 1)))
     shorter = np.minimum(pairs["width"], pairs["height"])
@@ -171,7 +181,8 @@ def _describe(sample: Sample, size: int, batch_size: int, seed: int) -> dict[str
     smaller = sample.fraction(shorter < size)
     near_examples = []
     for number in _most_different(same, alike):
-        near_examples.append(_examples(source, indices[alike == number][:NEAR_MEMBERS]))
+        members = indices[alike == number]
+        near_examples.append(_examples(source, members[:NEAR_MEMBERS]))
     return {
         "images": ImageStats(spread_of(shorter), spread_of(longer / shorter), size, smaller),
         "captions": _captions(sample, indices[owners], equal, batch_size),
@@ -241,14 +252,19 @@ def _repeats(
     numbers, sizes = reading.repeated(groups)
     examples = []
     for number, size in zip(numbers[:LISTED], sizes.tolist(), strict=False):
-        pairs = _with_captions(source, indices[groups == number][:KEYS])
+        members = indices[groups == number]
+        pairs = _with_captions(source, members[:KEYS])
         captions = list(chain.from_iterable(own for _, own in pairs))
         if hashes is not None:
             wanted = hashes[number]
             captions = [clean(text) for text in captions if reading.caption_hash(text) == wanted]
         keys = tuple(key for key, _ in pairs)
-        examples.append(RepeatGroup(size, keys, captions[0] if captions else ""))
-    repeated = np.unique(indices[np.isin(groups, numbers)])
+        caption = ""
+        if captions:
+            caption = captions[0]
+        examples.append(RepeatGroup(size, keys, caption))
+    is_repeated = np.isin(groups, numbers)
+    repeated = np.unique(indices[is_repeated])
     return Repeats(len(repeated), len(numbers), tuple(examples))
 
 

@@ -15,7 +15,8 @@ from declip.errors import UserError, unknown
 from declip.io.atomic import atomic_write, cache_folder, file_lock, remove
 
 LOCK = ".lock"
-FEATURES, HEADS = "features", "heads"
+FEATURES = "features"
+HEADS = "heads"
 # Folders of the cache whose content is computed or copied again when it is missing.
 COMPUTED = (FEATURES, HEADS, "orders", "shards", "tables")
 
@@ -48,7 +49,8 @@ def clear_cache(folder: str | None = None) -> int:
 
 def trim_cache(folder: str, keep: Iterable[Path]) -> None:
     """Remove entries of a folder, longest unused first, until DECLIP_CACHE_GB is enough; never those to keep."""
-    given, kept = os.environ.get("DECLIP_CACHE_GB", "50"), {*keep}
+    given = os.environ.get("DECLIP_CACHE_GB", "50")
+    kept = {*keep}
     try:
         limit = float(given) * 1e9
     except ValueError as error:
@@ -69,11 +71,13 @@ def _entries(folder: Path) -> list[Entry]:
     entries = []
     for path in sorted(folder.glob("*")):
         inner = [Path(parent, name) for parent, *names in os.walk(path) for name in chain(*names)]
-        size, used = 0, None
+        size = 0
+        used = None
         for file in (path, *inner):
             with suppress(OSError):
                 status = file.stat()
-                size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+                if stat.S_ISREG(status.st_mode):
+                    size += status.st_size
                 used = max(used or 0.0, status.st_mtime)
         if used is not None:
             entries.append(Entry(path, size, used))
@@ -119,10 +123,12 @@ def cached_table(
 ) -> pa.Table:
     """Memory-map a table from the folder `kind` of the cache, built by `make` once for the `repr` of a version."""
     target = table_path(kind, version)
-    if (table := _open_mapped(target)) is not None:
+    table = _open_mapped(target)
+    if table is not None:
         return table
     with locked(Path(kind).name, target.name):
-        if (table := _open_mapped(target)) is None:
+        table = _open_mapped(target)
+        if table is None:
             with atomic_write(target) as partial:
                 schema, batches = make()
                 with pa.ipc.new_file(str(partial), schema) as writer:
@@ -136,8 +142,9 @@ def cached_table(
 
 def table_path(kind: str, version: object) -> Path:
     """Path of a table of `cached_table`."""
-    name = hashlib.sha256(repr(version).encode(errors="surrogateescape")).hexdigest()[:32]
-    return cache_folder() / kind / f"{name}.arrow"
+    text = repr(version).encode(errors="surrogateescape")
+    digest = hashlib.sha256(text).hexdigest()
+    return cache_folder() / kind / f"{digest[:32]}.arrow"
 
 
 def _open_mapped(path: Path) -> pa.Table | None:

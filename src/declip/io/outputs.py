@@ -25,7 +25,9 @@ def check_outputs(paths: Iterable[Path | None], overwrite: bool = False) -> None
         if path is None:
             continue
         if path.is_dir() or not os.access(path.parent, os.W_OK):
-            why = "it is a folder" if path.is_dir() else f"'{path.parent}' is not a writable folder"
+            why = f"'{path.parent}' is not a writable folder"
+            if path.is_dir():
+                why = "it is a folder"
             raise UserError(f"'{path}' cannot be written: {why}. Choose another file.")
         refuse_existing(path, overwrite)
 

@@ -29,7 +29,9 @@ def usual_workers() -> int:
 
 def cores() -> int:
     """Number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager
@@ -52,7 +54,9 @@ def parallel_map(
 ) -> Iterator[T]:
     """Apply `work` to parts of several pairs, in order, with a bar if titled; None workers: the usual ones."""
     if workers is None:
-        workers = usual_workers() if len(parts) > 1 else 0
+        workers = 0
+        if len(parts) > 1:
+            workers = usual_workers()
     # The workers start before the thread of the bar does: a fork copies no thread.
     stream = imap(work, parts, min(workers, len(parts)), pin_memory)
 

@@ -52,9 +52,11 @@ class PlainProgress(Progress):
         self._print(task_id)
 
     def _print(self, task_id: TaskID) -> None:
-        task, now = next(task for task in self.tasks if task.id == task_id), self.get_time()
+        task = next(task for task in self.tasks if task.id == task_id)
+        now = self.get_time()
         last = task.finished and self._printed > self._start and task_id not in self._ended
-        if last or now - self._printed >= min(LONGEST, max(FIRST, (now - self._start) / 10)):
+        interval = min(LONGEST, max(FIRST, (now - self._start) / 10))
+        if last or now - self._printed >= interval:
             self._printed = now
             if task.finished:
                 self._ended.add(task_id)
@@ -74,7 +76,8 @@ class PlainProgress(Progress):
 @contextmanager
 def quiet(library: str) -> Iterator[None]:
     """Show only errors of a library's loggers, and prevent it from adding a handler to the root logger."""
-    handler, logger = logging.NullHandler(), logging.getLogger(library)
+    handler = logging.NullHandler()
+    logger = logging.getLogger(library)
     level = logger.level
     logging.root.addHandler(handler)
     logger.setLevel(logging.ERROR)

@@ -15,12 +15,17 @@ FORMULA = re.compile(r"'*[=+\-@\t\r]")
 def sanitize(text: str, most: int = 160) -> str:
     """Replace control characters in a text from the data, and truncate it to `most` characters."""
     plain = _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text[: most + 1])
-    return plain if len(plain) <= most else f"{plain[: most - 1].rstrip()}…"
+    if len(plain) <= most:
+        return plain
+    return f"{plain[: most - 1].rstrip()}…"
 
 
 def round_two_digits(number: float) -> str:
     """Format a number with two digits: 1,834 is "1,800", 0.0512 is "0.051"."""
-    return f"{float(f'{number:.2g}'):,.0f}" if number >= 10 else f"{number:.2g}"
+    rounded = f"{number:.2g}"
+    if number >= 10:
+        return f"{float(rounded):,.0f}"
+    return rounded
 
 
 def plural(count: int, one: str) -> str:
@@ -34,7 +39,9 @@ def join_words(words: Iterable[object]) -> str:
     if not given:
         return "nothing"
     *first, last = given
-    return f"{', '.join(first)} and {last}" if first else last
+    if not first:
+        return last
+    return f"{', '.join(first)} and {last}"
 
 
 def short_count(number: int) -> str:
@@ -55,8 +62,11 @@ def percent(fraction: float) -> str:
 
 def duration(seconds: float) -> str:
     """Format seconds: "43 s", "5 min 12 s", "3 h 5 min"."""
-    hours, minutes, rest = round(seconds) // 3600, round(seconds) % 3600 // 60, round(seconds) % 60
-    words = f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    words = f"{rest} s"
+    if minutes:
+        words = f"{minutes} min {rest} s"
     if hours:
         words = f"{hours} h {minutes} min"
     return words.replace(" ", "\N{NO-BREAK SPACE}")
@@ -65,9 +75,13 @@ def duration(seconds: float) -> str:
 def one_line(error: BaseException, longest: int = 300) -> str:
     """Format the message of an error on one line, or its class if the message is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= longest else f"{text[:longest]} …"
+    if len(text) <= longest:
+        return text
+    return f"{text[:longest]} …"
 
 
 def plain_cell(cell: str) -> str:
     """A cell that a spreadsheet does not compute as a formula."""
-    return f"'{cell}" if FORMULA.match(cell) else cell
+    if FORMULA.match(cell):
+        return f"'{cell}"
+    return cell

@@ -75,7 +75,8 @@ def snapshot(checkpoint: Checkpoint) -> Checkpoint:
             for name, tensor in tensors.items()
         }
 
-    weights, training = copied(checkpoint.weights), copied(checkpoint.training)
+    weights = copied(checkpoint.weights)
+    training = copied(checkpoint.training)
     for device in {tensor.device for tensor in checkpoint.weights.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)
     extra = copy.deepcopy(checkpoint.extra)
@@ -87,7 +88,8 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
 
     The best one is kept too. If writing fails, earlier checkpoints are unchanged.
     """
-    final, best = folder_of(run, kept.step), best_of(run, kept)
+    final = folder_of(run, kept.step)
+    best = best_of(run, kept)
     partial = final.with_suffix(".partial")
     try:
         for left in final.parent.glob("*.partial"):  # of a process that was killed
@@ -100,7 +102,8 @@ def write_snapshot(run: Path, kept: Checkpoint, keep: int) -> Path:
         for name, target in {LAST: final, BEST: best}.items():
             if target is not None:
                 with suppress(OSError):
-                    (link := final.with_name(f"{name}.partial")).symlink_to(target.name)
+                    link = final.with_name(f"{name}.partial")
+                    link.symlink_to(target.name)
                     link.replace(final.with_name(name))
         flush(final.parent)
         flush(run)
@@ -138,14 +141,17 @@ def _write_files(kept: Checkpoint, folder: Path) -> None:
 def best_of(run: Path, checkpoint: Checkpoint) -> Path | None:
     """Path of the best checkpoint up to another one, if the run tracks it; see `train.patience`."""
     best = checkpoint.extra.get("best")
-    return folder_of(run, best["step"]) if best else None
+    if not best:
+        return None
+    return folder_of(run, best["step"])
 
 
 class CheckpointWriter:
     """Writes checkpoints in a thread, one at a time, so that training waits for a copy in memory, not for the disk."""
 
     def __init__(self, run: Path, keep: int) -> None:
-        self._run, self._keep = run, keep
+        self._run = run
+        self._keep = keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[Path] | None = None
 
@@ -158,7 +164,8 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk; raises once if it could not be written."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         if pending is not None:
             pending.result()
 
@@ -180,7 +187,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint and verify its checksums; raises `UserError` with the damaged file."""
     try:
         state = _read_state(folder)
-        weights, training = load_file(folder / WEIGHTS), load_file(folder / TRAINING)
+        weights = load_file(folder / WEIGHTS)
+        training = load_file(folder / TRAINING)
         return Checkpoint(state["step"], weights, training, state["recipe"], state["extra"])
     except UserError:
         raise
@@ -207,9 +215,11 @@ def load_best(run: Path) -> Checkpoint:
     if newest is None:
         raise UserError(f"No checkpoint in '{run}' is complete. {problems[0]}")
     # The best one may be damaged, or have been removed when a better one was saved that is damaged now.
-    chosen, best = newest, best_of(run, newest)
+    chosen = newest
+    best = best_of(run, newest)
     try:
-        chosen = newest if best in (None, folder_of(run, newest.step)) else load_checkpoint(best)
+        if best is not None and best != folder_of(run, newest.step):
+            chosen = load_checkpoint(best)
     except UserError as error:
         problems.append(str(error))
     for problem in problems:
@@ -234,7 +244,8 @@ def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 def _with_digest(state: Mapping[str, Any]) -> str:
     """Serialize the state; its digest is that of the text without the digest."""
-    digest = hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()
+    text = json.dumps(state, indent=1)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return json.dumps({**state, "digest": digest}, indent=1)
 
 
@@ -244,7 +255,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():  # a pipe or a device would block
             raise UserError(f"{folder} is not a complete checkpoint: {name} is missing.")
     path = folder / STATE
-    text = path.read_bytes().decode("utf-8") if path.stat().st_size <= MAX_STATE else "null"
+    text = "null"
+    if path.stat().st_size <= MAX_STATE:
+        text = path.read_bytes().decode("utf-8")
     state = json.loads(text)
     if isinstance(state, dict) and state.get("layout", LAYOUT) != LAYOUT:
         raise newer(path)

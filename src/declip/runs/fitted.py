@@ -25,8 +25,11 @@ FACTS = "fit.json"  # pairs, skipped pairs, some captions, mixture
 REPORT = "report.html"
 EXPORTS = "exported"
 
-RECIPE_KEY, BASE_KEY = "declip.recipe", "declip.base"  # of the metadata
-BASE_FINGERPRINT_KEY, FINGERPRINT_KEY = "declip.base_fingerprint", "declip.fingerprint"
+# Keys of the metadata
+RECIPE_KEY = "declip.recipe"
+BASE_KEY = "declip.base"
+BASE_FINGERPRINT_KEY = "declip.base_fingerprint"
+FINGERPRINT_KEY = "declip.fingerprint"
 
 
 def is_fitted(path: Path) -> bool:
@@ -81,7 +84,9 @@ class FittedRun:
     def name(self) -> str:
         """What opens the model: the folder, after the encoder of the user's own that it was fitted to."""
         base = read_metadata(self.folder / HEADS)[BASE_KEY]
-        return f"{base}+{self.folder}" if is_own(base) else str(self.folder)
+        if is_own(base):
+            return f"{base}+{self.folder}"
+        return str(self.folder)
 
     @cached_property
     def cross_validation(self) -> dict[str, Any]:

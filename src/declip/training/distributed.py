@@ -38,7 +38,9 @@ JOINS = count()
 
 def rank() -> int:
     """Rank of this process, 0 on one process."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    if dist.is_initialized():
+        return dist.get_rank()
+    return 0
 
 
 def is_rank_zero() -> bool:
@@ -48,7 +50,9 @@ def is_rank_zero() -> bool:
 
 def world_size() -> int:
     """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def launched() -> bool:
@@ -62,19 +66,23 @@ def init_distributed(name: str) -> "tuple[torch.device, HostGroup]":
     Under torchrun the devices "auto" and "cuda" are "cuda:LOCAL_RANK". Groups use NCCL for CUDA, gloo otherwise.
     """
     if launched() and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
     device = pick_device(name)
     timeout = timedelta(seconds=RANK_TIMEOUT)
     if launched() and not dist.is_initialized():
+        backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            backend = "nccl"
         store, own, ranks = next(rendezvous("env://", timeout=timeout))
         # torchrun keeps its store, with the addresses of dead processes, when it restarts them, so keys get a prefix.
         # With several machines each counts its restarts alone, and the store is new.
         one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+        attempt = "0"
+        if one_machine:
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"declip/attempt/{attempt}/{next(JOINS)}", store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=own, world_size=ranks, timeout=timeout)
     return device, HostGroup()
 
@@ -263,7 +271,9 @@ class HostGroup(Share):
                 dist.monitored_barrier(self.long_group, timedelta(seconds=2), wait_all_ranks=True)
             except RuntimeError as told:
                 missing = re.search(r"Ranks ([\d, ]*\d)", str(told))
-            other = f"Rank {missing[1]}" if missing else "Another rank"
+            other = "Another rank"
+            if missing:
+                other = f"Rank {missing[1]}"
             raise UserError(
                 f"{other} did not reach step {step} within {self.timeout:g} s, or its process ended: the first error "
                 "in the ranks' logs is the cause. Continue from the newest checkpoint with --resume."

@@ -23,7 +23,8 @@ from declip.training.pairs import open_training_source
 from declip.training.state import Extensions, RunState
 from declip.training.step import training_step
 
-TIMED, ENCODED = 2, 32  # steps, after one that does not count, and pairs of each set
+TIMED = 2  # steps, after one that does not count
+ENCODED = 32  # pairs of each set
 
 
 def estimate(recipe: Recipe, terms: Terms = NO_TERMS) -> str:
@@ -58,7 +59,8 @@ def encoding_seconds(model: DualEncoder, pairs: PairSource) -> float:
     chosen = np.linspace(0, len(pairs) - 1, count).astype(int)
     began = time.perf_counter()
     encode_source(model, pairs, indices=chosen)
-    return (time.perf_counter() - began) * len(pairs) / count
+    seconds = time.perf_counter() - began
+    return seconds * len(pairs) / count
 
 
 def step_seconds(state: RunState, warm: int, count: int) -> list[float]:
@@ -85,4 +87,6 @@ def _peak(device: torch.device) -> int:
     import resource
 
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else 1024 * used
+    if sys.platform == "darwin":
+        return used
+    return 1024 * used

@@ -56,7 +56,8 @@ def view_sheet(
     order = np.random.default_rng(0).permutation(len(batch))
     most_changed = np.argsort(-changed.numpy()[order], kind="stable")
     chosen = order[most_changed][:SHOWN_PAIRS]
-    rows, all_texts = [], []
+    rows = []
+    all_texts = []
     for row in chosen.tolist():
         # (3, S, S) each
         views = [view.pixels[row].float() * std + mean for view in finished.values()]
@@ -80,5 +81,7 @@ def _masked_text(tokenizer: CaptionTokenizer, masked: Tensor, labels: Tensor) ->
         if token == tokenizer.end:
             break
         word = "mask" if token == tokenizer.mask else tokenizer.decode([token])
-        words.append(word if label == IGNORED else f"[{word}: {tokenizer.decode([label])}]")
+        if label != IGNORED:
+            word = f"[{word}: {tokenizer.decode([label])}]"
+        words.append(word)
     return " ".join(words)

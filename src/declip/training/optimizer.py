@@ -41,7 +41,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring the singular values of matrices (n, rows, columns) near 1 by five Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
+    x = matrices
+    if tall:
+        x = x.mT
     norms = x.flatten(1).norm(dim=1).clamp_min(1e-7)
     x = x / norms[:, None, None]
     if x.shape[2] < 2 * x.shape[1] or x.dtype == torch.bfloat16:
@@ -56,9 +58,12 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         for _ in range(ITERATIONS):
             p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             p.diagonal(dim1=1, dim2=2).add_(a)
-            gram, product = p @ gram @ p, p if product is None else p @ product
+            gram = p @ gram @ p
+            product = p if product is None else p @ product
         x = product @ x
-    return x.mT if tall else x
+    if tall:
+        x = x.mT
+    return x
 
 
 class Muon(torch.optim.AdamW):
@@ -100,7 +105,10 @@ class Muon(torch.optim.AdamW):
             stacked = torch.stack([matrix for _, matrix in pairs])
             large = stacked.dtype == torch.float32 and min(shape) >= LARGE
             half = large and computes_bf16(stacked.device)
-            steps = orthogonalize(stacked.bfloat16() if half else stacked).to(stacked.dtype)
+            matrices = stacked
+            if half:
+                matrices = stacked.bfloat16()
+            steps = orthogonalize(matrices).to(stacked.dtype)
             rate = -RMS * max(shape) ** 0.5 * group["lr"]
             for (parameter, _), step in zip(pairs, steps, strict=True):
                 step = step.reshape(parameter.shape)
@@ -207,9 +215,11 @@ def learning_rate(step: int, train: Train) -> float:
     number = step + 1
     warmup = min(train.warmup_steps, train.steps)
     if number < warmup:
-        return train.warmup_lr + (train.lr - train.warmup_lr) * step / (warmup - 1)
+        risen = (train.lr - train.warmup_lr) * step / (warmup - 1)
+        return train.warmup_lr + risen
     progress = (number - warmup) / max(train.steps - warmup, 1)
-    return train.lr * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    cosine = math.cos(math.pi * min(progress, 1.0))
+    return train.lr * (1 + cosine) / 2
 
 
 def group_lr(

@@ -34,7 +34,9 @@ def open_training_source(data: Data, seed: int, sources: Sources = NO_SOURCES) -
         raise UserError(
             f"data.columns.group names a column of a table, which '{source.name}' is not. Leave it out."
         )
-    return source if data.max_pairs is None else take(source, data.max_pairs, seed)
+    if data.max_pairs is None:
+        return source
+    return take(source, data.max_pairs, seed)
 
 
 def sample_hashes(
@@ -75,9 +77,10 @@ def run_of(weights: str | Path) -> Path | None:
     for parent in (path.parent, path.parent.parent):
         if parent.name in MODEL_FOLDERS:
             folders.append(parent.parent)
-    return next(
-        (folder for folder in folders if (folder / RECIPE).is_file() or is_fitted(folder)), None
-    )
+    for folder in folders:
+        if (folder / RECIPE).is_file() or is_fitted(folder):
+            return folder
+    return None
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -89,8 +92,10 @@ def recipe_of(folder: Path) -> Recipe:
 
 def pair_names(given: str | tuple[str, ...]) -> list[str]:
     """Return the names of sources; of a list of pairs, the source that it refers to. Opens no source."""
+    if isinstance(given, str):
+        given = (given,)
     names = []
-    for name in [given] if isinstance(given, str) else given:
+    for name in given:
         path = Path(name).expanduser()
         if path.suffix == LIST_KIND and path.is_file():
             name = read_pair_list(path).source

@@ -89,8 +89,9 @@ def build_learner(model: DualEncoder, objective: Objective) -> nn.Module:
         learner.sharded = True
         return learner
     known = signature(DistributedDataParallel).parameters
-    # Before torch 2.13
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    buffers = "broadcast_buffers"  # before torch 2.13
+    if "forward_sync_buffers" in known:
+        buffers = "forward_sync_buffers"
     # The queue and synchronized batch norms are equal on all ranks by construction.
     options: Any = {buffers: False, "find_unused_parameters": not objective.reaches_all}
     return DistributedDataParallel(learner, gradient_as_bucket_view=True, **options)
@@ -117,7 +118,9 @@ def grad_cache_chunk(train: Train) -> int | None:
     """Number of pairs in a GradCache chunk; None where no process holds more pairs, so that one pass is exact."""
     chunk = train.grad_cache_chunk
     pairs = -(-train.batch_size // distributed.world_size())
-    return None if chunk is None or pairs <= chunk else chunk
+    if chunk is None or pairs <= chunk:
+        return None
+    return chunk
 
 
 def _check(train: Train, model: DualEncoder) -> None:
@@ -155,9 +158,10 @@ def _shard(model: DualEncoder, objective: Objective) -> None:
 
 def unwrap(learner: nn.Module) -> Learner:
     """Return the learner without DDP around it."""
-    inner = learner.module if isinstance(learner, DistributedDataParallel) else learner
-    assert isinstance(inner, Learner)
-    return inner
+    if isinstance(learner, DistributedDataParallel):
+        learner = learner.module
+    assert isinstance(learner, Learner)
+    return learner
 
 
 def whole_model(learner: nn.Module) -> DualEncoder:
@@ -172,7 +176,8 @@ def whole_model(learner: nn.Module) -> DualEncoder:
     weights = without_prefix("model", tensors)
     heads = without_prefix("objective", tensors)
     recipe = inner.objective.recipe
-    return Weights(recipe, weights, recipe.name, heads).build().to(inner.model.device)
+    model = Weights(recipe, weights, recipe.name, heads).build()
+    return model.to(inner.model.device)
 
 
 def clip_gradients(parameters: list[Tensor], limit: float) -> Tensor:
@@ -201,7 +206,8 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     gradients = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
     if distributed.world_size() == 1 or not gradients:
         return
-    flat = distributed.average(torch.cat([gradient.flatten() for gradient in gradients]))
+    joined = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = distributed.average(joined)
     parts = flat.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view(gradient.shape))
@@ -209,7 +215,9 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor's shards; a collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return tensor
 
 
 @torch.no_grad()
@@ -306,7 +314,9 @@ class _Normalized(torch.autograd.Function):
         variance = squares.sum(dim=0) / count
         # --- normalize
         inverse = (variance + eps).rsqrt()
-        scale = inverse if weight is None else inverse * to_float32(weight)
+        scale = inverse
+        if weight is not None:
+            scale = inverse * to_float32(weight)
         normed = (values - mean.view(shape)).mul_(scale.view(shape))
         if bias is not None:
             normed.add_(to_float32(bias).view(shape))
@@ -329,9 +339,10 @@ class _Normalized(torch.autograd.Function):
         # --- of the values
         centered = gradient - mean_gradient.view(shape)
         of_values = (centered - unit * mean_product.view(shape)).mul_(scale.view(shape))
+        of_values = of_values.to(x.dtype)
         if not ctx.affine:
-            return of_values.to(x.dtype), None, None, None
-        return of_values.to(x.dtype), of_weight, of_bias, None
+            return of_values, None, None, None
+        return of_values, of_weight, of_bias, None
 
 
 def _axes(x: Tensor) -> tuple[list[int], list[int]]:

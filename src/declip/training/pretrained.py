@@ -95,7 +95,9 @@ def apply_pretrained(
     of_heads = [name for name, _ in objective.named_parameters() if name not in heads]
     new += [name.removeprefix("terms.") for name in of_heads]
     parts = dict.fromkeys(_beginning(name, 2) for name in new)
-    origin = recipe.text.hf_model if start is None else start.origin
+    origin = recipe.text.hf_model
+    if start is not None:
+        origin = start.origin
     summary = (
         f"Weights of '{origin}': {len(loaded)} tensors of the towers and {len(heads)} of heads "
         f"loaded; new: {', '.join(parts) or 'nothing'}."
@@ -124,8 +126,9 @@ def _kept_tensors(
     same = all(tensor.shape == state[name].shape for name, tensor in start.tensors.items())
     if same and is_published(start.origin):
         return {}
-    kept = with_prefix("model", {name: state[name].clone() for name in loaded})
-    return kept | with_prefix("objective", {name: of_heads[name].clone() for name in heads})
+    weights = {name: state[name].clone() for name in loaded}
+    head_weights = {name: of_heads[name].clone() for name in heads}
+    return with_prefix("model", weights) | with_prefix("objective", head_weights)
 
 
 def _load_heads(start: Weights, objective: Objective) -> set[str]:
@@ -152,15 +155,24 @@ def _freeze(
     for tower, key in ((IMAGE, "freeze_image_blocks"), (TEXT, "freeze_text_blocks")):
         asked = getattr(tune, key)
         names = [name for name in layers if name.startswith(tower) and name in loaded]
-        most = blocks(layers, tower) if names else 0
-        if asked != 0 and (most if asked == "all" else asked) not in range(1, most + 1):
-            allowed = f"Give 0 to {most}, or all" if most else "Leave it and --freeze out"
+        most = 0
+        if names:
+            most = blocks(layers, tower)
+        count = asked
+        if asked == "all":
+            count = most
+        if asked != 0 and count not in range(1, most + 1):
+            allowed = "Leave it and --freeze out"
+            if most:
+                allowed = f"Give 0 to {most}, or all"
             raise UserError(
                 f"finetune.{key}={asked}: the weights hold {most} blocks of the {tower[:-1]}. {allowed}."
             )
         if asked != "all":
             names = [name for name in names if layers[name] <= asked]
-        freeze(model, names if asked else [])
+        if asked == 0:
+            names = []
+        freeze(model, names)
     if tune.lr_scale < 1 or tune.layer_decay < 1 or tune.head_warmup_steps:
         # Statistics of a few small batches would replace those of millions of images, to which the weights belong.
         modules = dict(model.named_modules())
@@ -196,5 +208,8 @@ def _multiplier(
     tower = next((tower for tower in (IMAGE, TEXT) if name.startswith(tower)), None)
     if tower is None:
         return LrMultiplier(1.0, frozen)
-    below_top = blocks(layers, tower) + 1 - layers[name] if name in layers else 0
-    return LrMultiplier(tune.lr_scale * tune.layer_decay**below_top, frozen)
+    below_top = 0
+    if name in layers:
+        below_top = blocks(layers, tower) + 1 - layers[name]
+    factor = tune.lr_scale * tune.layer_decay**below_top
+    return LrMultiplier(factor, frozen)

@@ -55,9 +55,10 @@ def training_step(
 
     if inner.sharded or chunk is not None:  # DDP has done it
         average_gradients(parameters)
-    grad_norm = clip_gradients(
-        parameters, math.inf if train.grad_clip_norm is None else train.grad_clip_norm
-    )
+    limit = train.grad_clip_norm
+    if limit is None:
+        limit = math.inf
+    grad_norm = clip_gradients(parameters, limit)
     values = {name: loss.detach() for name, loss in losses.items()}
     values["grad_norm"] = grad_norm
     optimizer.step()
@@ -74,7 +75,8 @@ def _backward_in_chunks(
     respect to these outputs for the whole batch; then each chunk again, with a graph, through which its part of that
     gradient goes backward. Exact where a pair's output depends on that pair alone, so not for towers with batch norm.
     """
-    model, objective = learner.model, learner.objective
+    model = learner.model
+    objective = learner.objective
     starts = range(0, len(batch), chunk)
     chunks = [batch.rows(start, min(start + chunk, len(batch))) for start in starts]
     outputs: list[TowerOutputs] = []
@@ -102,7 +104,8 @@ def _backward_in_chunks(
         ready = learner.prepare(part)
         with learner.autocast():
             again = objective.run_towers(model, ready).tensors()
-        outer, gradients = [], []
+        outer = []
+        gradients = []
         for name, leaf in first.items():
             if leaf.grad is not None and again[name].requires_grad:
                 outer.append(again[name])

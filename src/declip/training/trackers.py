@@ -77,8 +77,8 @@ class WandB(Tracker):
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        # Whether an error ends the run
-        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
+        failed = sys.exc_info()[0] is not None  # an error ends the run
+        self._run.finish(exit_code=int(failed))
 
 
 # By their name in train.report_to, which may also be that of a plugin
@@ -95,7 +95,8 @@ class Tracked(Sink):
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self._failed = name, False
+        self.name = name
+        self._failed = False
         self.tracker = tracker_class(name)()
 
     def start(self, info: RunInfo) -> None:
