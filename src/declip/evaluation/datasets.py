@@ -126,8 +126,10 @@ def _by_name(given: str, label_column: str | None, columns: Columns, sources: So
         raise UserError(
             f"--label-column {label_column} requires a table, but '{given}' is not a table."
         )
-    if table is not None and (labeled := labeled_table(table, label_column, columns)) is not None:
-        return Dataset(given, labeled)
+    if table is not None:
+        labeled = labeled_table(table, label_column, columns)
+        if labeled is not None:
+            return Dataset(given, labeled)
     # --- anything else that is a source; one letter before a colon is a Windows drive
     known = given.startswith(PREFIX) or given in sources or names_plugin(given)
     known = known or Path(given).expanduser().exists()

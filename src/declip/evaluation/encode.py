@@ -230,13 +230,16 @@ def encode_batches(
     read a part of a batch at a time, so that all of them read the first one.
     """
     pinned = model.device.type == "cuda"
-    # Joining would copy to other memory
-    size = max(map(len, batches), default=1) if pinned else READ_AT_ONCE
+    size = READ_AT_ONCE
+    if pinned:  # joining would copy to other memory
+        size = max(map(len, batches), default=1)
     parts = []
     for batch in batches:
         for start in range(0, len(batch), size):
             parts.append(batch[start : start + size])
-    title = f"Images of {source.name}" if progress else ""
+    title = ""
+    if progress:
+        title = f"Images of {source.name}"
     read_part = partial(read_images, model.preprocessor, partial(read, source))
     stream = parallel_map(read_part, parts, workers, title, pinned)
     encode_all = encode or image_encoder(model)
@@ -245,12 +248,15 @@ def encode_batches(
         rows = list[Any]()
         skipped = SkipCounter()
         for part, own, broken in islice(stream, math.ceil(len(batch) / size)):
-            pixels += [] if part is None else [part]
+            if part is not None:
+                pixels.append(part)
             rows += own
             skipped.merge(broken)
         features = torch.empty(0)
         if rows:
-            whole = pixels[0] if len(pixels) == 1 else torch.cat(pixels)  # without a copy of one
+            whole = pixels[0]
+            if len(pixels) > 1:
+                whole = torch.cat(pixels)
             features = image_features(model, whole, encode_all, unit=encode is None)
         yield features, rows, skipped
 
@@ -262,7 +268,9 @@ def image_features(
     with eval_mode(model) as device:
         features = encode(pixels.to(device, non_blocking=True))
         features = _finite(features.float().cpu(), "image")
-    return normalize(features, dim=-1) if unit else features
+    if unit:
+        features = normalize(features, dim=-1)
+    return features
 
 
 def check_widths(queries: Tensor, candidates: Tensor) -> None:
@@ -300,12 +308,15 @@ def read_images(
         try:
             image, row = read(int(index))
             if isinstance(image, LazyImage):
-                fast = isinstance(preprocess, Preprocess)
-                image = preprocess.fast(image) if fast else Image.fromarray(image.pixels())
+                if isinstance(preprocess, Preprocess):
+                    image = preprocess.fast(image)
+                else:
+                    image = Image.fromarray(image.pixels())
             images.append(image)
             rows.append(row)
         except BrokenPair as broken:
             skipped.add(broken)
     if images and isinstance(images[0], Tensor):
-        return torch.stack(images).contiguous(memory_format=torch.channels_last), rows, skipped
+        pixels = torch.stack(images).contiguous(memory_format=torch.channels_last)
+        return pixels, rows, skipped
     return preprocess(images) if images else None, rows, skipped

@@ -89,7 +89,8 @@ class SharedFeatures:
     def test(self) -> SourceFeatures:
         """Features of the test split, projected and normalized."""
         encode = encode_source if self.texts else encode_images
-        return self._named(encode(self.model, self.dataset.split("test"), self.options))
+        features = encode(self.model, self.dataset.split("test"), self.options)
+        return self._named(features)
 
     def linear(self) -> list[LinearProbeResult]:
         with eval_mode(self.model) as device:
@@ -126,8 +127,10 @@ class SharedFeatures:
         if isinstance(source, Classified) and source.captioned and source.broken:
             complete = Subset(source.source, source.indices)
             features = self._named(encode_source(self.model, complete, self.options))
-        trained = self.model.logit_scale is not None
-        return [retrieve(features, logit_scale(self.model) if trained else None)]
+        scale = None
+        if self.model.logit_scale is not None:
+            scale = logit_scale(self.model)
+        return [retrieve(features, scale)]
 
     def few_shot(self) -> list[FewShotResult]:
         splits = check_splits(self.dataset, "few-shot")
@@ -152,11 +155,14 @@ class SharedFeatures:
         def right(chosen: np.ndarray) -> np.ndarray:
             rows = np.flatnonzero(chosen[seen.indices])
             own = torch.from_numpy(labels[seen.indices[rows]])
-            head = fit_few_shot(Examples(seen.images[rows], own, names, width))
-            return head.scores(tested.images).argmax(dim=1).numpy() == truth
+            examples = Examples(seen.images[rows], own, names, width)
+            head = fit_few_shot(examples)
+            best = head.scores(tested.images).argmax(dim=1)
+            return best.numpy() == truth
 
         # --- a classifier of the names, and one for each draw
-        names_top1 = score(right(np.zeros(len(labels), bool)), truth)
+        no_images = np.zeros(len(labels), bool)
+        names_top1 = score(right(no_images), truth)
         results = list[FewShotResult]()
         for shots, several in draws.items():
             correct = [right(chosen) for chosen in several]
@@ -244,10 +250,11 @@ def evaluate_all(
                 )
         checked.append(shared)
     # --- one dataset at a time
-    results = []
+    results = list[Result]()
     while checked:
         shared = checked.pop(0)  # frees the features of each dataset after its evaluation
-        results += [result for task in tasks for result in TASKS[task].run(shared)]
+        for task in tasks:
+            results += TASKS[task].run(shared)
     return results
 
 

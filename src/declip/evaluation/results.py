@@ -28,7 +28,9 @@ class Measure(NamedTuple):
 
     @property
     def times_chance(self) -> float:
-        return self.value / self.chance if self.chance else inf
+        if not self.chance:
+            return inf
+        return self.value / self.chance
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -228,10 +230,11 @@ def read_result(row: Mapping[str, Any]) -> Result | None:
     if row.get("task") not in READERS:
         return None
     # The numbers of both directions of retrieval are columns of the row.
-    recalls = {
-        direction: {column.name: row[f"{direction}_{column.name}"] for column in fields(RecallAtK)}
-        for direction in (DIRECTIONS if row["task"] == RetrievalResult.task else ())
-    }
+    recalls = {}
+    if row["task"] == RetrievalResult.task:
+        columns = [column.name for column in fields(RecallAtK)]
+        for direction in DIRECTIONS:
+            recalls[direction] = {name: row[f"{direction}_{name}"] for name in columns}
     return READERS[row["task"]].validate_python({**row, **recalls})
 
 
@@ -249,7 +252,8 @@ def short_names(datasets: Iterable[str]) -> dict[str, str]:
 def by_class(labels: np.ndarray) -> list[np.ndarray]:
     """Group rows by class, for the classes that occur; classes and rows ascending."""
     order = np.argsort(labels, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    changes = np.flatnonzero(np.diff(labels[order]))
+    return np.split(order, changes + 1)
 
 
 def sample_per_class(labels: np.ndarray, count: Callable[[int], int], seed: int = 0) -> np.ndarray:
@@ -257,7 +261,8 @@ def sample_per_class(labels: np.ndarray, count: Callable[[int], int], seed: int 
     generator = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), dtype=bool)
     for rows in by_class(labels):
-        chosen[generator.permutation(rows)[: count(len(rows))]] = True
+        shuffled = generator.permutation(rows)
+        chosen[shuffled[: count(len(rows))]] = True
     return chosen
 
 

@@ -66,7 +66,9 @@ def _resize(name: str, tensor: Tensor, own: Tensor, model: DualEncoder) -> Tenso
     resized = timm.layers.resample_abs_pos_embed(
         rows, [new, new], [old, old], num_prefix_tokens=others
     )
-    return resized if tensor.ndim == 3 else resized[0]
+    if tensor.ndim == 3:
+        return resized
+    return resized[0]
 
 
 def _embeddings_of_no_patch(name: str, tensor: Tensor, model: DualEncoder) -> int:

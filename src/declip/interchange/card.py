@@ -27,19 +27,24 @@ def model_card(
 ) -> str:
     """Write the card as Markdown."""
     # Names without folders: a card is published.
-    model, results = record.model, record.results
-    recipe = Recipe.model_validate(_without_folders(model.recipe.model_dump(mode="json")))
+    model = record.model
+    results = record.results
+    tree = model.recipe.model_dump(mode="json")
+    recipe = Recipe.model_validate(_without_folders(tree))
     names = short_names(result.dataset for result in results)
-    task = "zero-shot-image-classification" if model.has_text else "image-feature-extraction"
+    task = "image-feature-extraction"
+    if model.has_text:
+        task = "zero-shot-image-classification"
     terms: dict[str, Any] = {"license": "other", "license_name": license}
     if license == NO_LICENSE or IDENTIFIER.fullmatch(license):
         terms = {"license": license.partition(":")[0].lower()}
     tags = ["clip", "declip", "contrastive-learning"]
+    metadata = ModelCardData(library_name=form.library, pipeline_tag=task, tags=tags, **terms)
     return render(
         "model_card.md",
         **vars(record),
         recipe=recipe,
-        head=f"{ModelCardData(library_name=form.library, pipeline_tag=task, tags=tags, **terms).to_yaml()}\n",
+        head=f"{metadata.to_yaml()}\n",
         name=recipe.name if record.step is not None else "A language-image model",
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         version=declip.__version__,
@@ -72,6 +77,6 @@ def _without_folders(tree: Any) -> Any:
         return {key: _without_folders(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_without_folders(value) for value in tree]
-    return (
-        without_folders(tree) if isinstance(tree, str) and ("/" in tree or "\\" in tree) else tree
-    )
+    if isinstance(tree, str) and ("/" in tree or "\\" in tree):
+        return without_folders(tree)
+    return tree

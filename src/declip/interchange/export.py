@@ -113,7 +113,8 @@ def export(
     # --- the model as the format holds it
     limits = ""
     if not _is_float32_on_cpu(record.model):
-        record = replace(record, model=deepcopy(record.model).float().cpu())
+        copy = deepcopy(record.model)
+        record = replace(record, model=copy.float().cpu())
     if form.linear and not is_linear(record.model):
         record = replace(record, model=linear_part(record.model))
         limits = LINEAR.format(form.library)
@@ -136,7 +137,8 @@ def is_linear(model: DualEncoder) -> bool:
 def linear_part(model: DualEncoder) -> DualEncoder:
     """A copy of a model with linear projections: about as good as one that was fitted without more."""
     copy = deepcopy(model)
-    image, text = copy.image_tower.proj, copy.text_tower.text_projection
+    image = copy.image_tower.proj
+    text = copy.text_tower.text_projection
     copy.image_tower.proj = image.linear()
     if isinstance(text, NeighborProjection):
         copy.text_tower.text_projection = text.linear()
@@ -175,7 +177,8 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         with atomic_write(out, "give another folder as --out") as folder:
             folder.mkdir()
             yield folder
-            if others := sorted(_files(out) - _files(folder)):
+            others = sorted(_files(out) - _files(folder))
+            if others:
                 raise UserError(
                     f"'{out}' has '{others[0]}', which is not in the new export. Move it, or give another --out."
                 )
@@ -219,7 +222,8 @@ def _compare(model: DualEncoder, form: Format, folder: Path) -> tuple[float | No
 
 def _difference(ours: Tensor, theirs: Tensor) -> Tensor:
     """Largest difference of any number between features, theirs of any length."""
-    return (ours - F.normalize(theirs.float(), dim=-1)).abs().max()
+    unit = F.normalize(theirs.float(), dim=-1)
+    return (ours - unit).abs().max()
 
 
 def with_provenance(where: str | Path | DualEncoder | ModelRecord) -> ModelRecord:
@@ -246,8 +250,11 @@ def with_provenance(where: str | Path | DualEncoder | ModelRecord) -> ModelRecor
             origin += ", with projections fitted to the names of its classifier's classes (arXiv 2605.22484)"
         return ModelRecord(weights.build().eval(), origin=origin, heads=weights.heads)
     weights = read_checkpoint(path).check()
-    folder = path.parent.parent if (path / STATE).is_file() else path
-    return of_run(folder, weights.build().eval(), weights.step)
+    folder = path
+    if (path / STATE).is_file():  # a checkpoint
+        folder = path.parent.parent
+    model = weights.build().eval()
+    return of_run(folder, model, weights.step)
 
 
 def of_run(folder: Path, model: DualEncoder, step: int | None) -> ModelRecord:

@@ -8,9 +8,12 @@ from typing import Any
 
 def read_json(file: Path) -> dict[str, Any]:
     """Content of a JSON file, {} if there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file as other libraries do."""
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2)
+    file.write_text(f"{text}\n", encoding="utf-8")

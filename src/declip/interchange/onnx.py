@@ -22,10 +22,14 @@ from declip.io.text import one_line
 from declip.models.dual_encoder import DualEncoder
 
 OPSET = 18
-VISUAL, TEXTUAL = "visual", "textual"
-MODEL, ABOUT = "model.onnx", "config.json"
+VISUAL = "visual"
+TEXTUAL = "textual"
+MODEL = "model.onnx"
+ABOUT = "config.json"
 TENSOR_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # variable of transformers
-ROWS, LENGTH = 2, 4  # sizes of the traced example; a size of 1 would be exported as fixed
+# Sizes of the traced example; a size of 1 would be exported as fixed
+ROWS = 2
+LENGTH = 4
 
 
 class Onnx(Format):
@@ -107,7 +111,9 @@ class Onnx(Format):
 
     def card(self, model: DualEncoder, repo: str | None) -> str:
         """Usage by onnxruntime and tokenizers."""
-        cleaned = cleaning(model.tokenizer) if model.has_text else ""
+        cleaned = ""
+        if model.has_text:
+            cleaned = cleaning(model.tokenizer)
         return render("onnx.jinja", model=model, cleaned=cleaned)
 
 

@@ -65,7 +65,8 @@ def read(
     """Read a `SiglipModel` with transformers' own towers, by its configuration and its tensors."""
     check_layers(config, len(weights), CONFIG)
     stored = _stored(folder, config)
-    text, side = stored.config[TEXT_SECTION], stored.config[IMAGE_SECTION]["image_size"]
+    text = stored.config[TEXT_SECTION]
+    side = stored.config[IMAGE_SECTION]["image_size"]
     name = f"huggingface:{short_name(str(folder.resolve()))}"
     keys = {
         "name": "from-huggingface",
@@ -93,7 +94,8 @@ def _stored(folder: Path, config: Mapping[str, Any]) -> WrappedSiglip:
     sizes: dict[str, Any] = {"model_type": MODEL_TYPE}
     for section, names in SIZES.items():
         sizes[section] = {name: getattr(getattr(built, section), name) for name in names}
-    text, width = sizes[TEXT_SECTION], sizes[IMAGE_SECTION]["hidden_size"]
+    text = sizes[TEXT_SECTION]
+    width = sizes[IMAGE_SECTION]["hidden_size"]
     expect(f"{TEXT_SECTION}.projection_size", text["projection_size"], width)
     tokenizer = {**_tokenizer(folder), "context": text["max_position_embeddings"], "clean": ""}
     return WrappedSiglip(sizes, {"squash": True}, tokenizer)
@@ -122,7 +124,8 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
             folder, local_files_only=True, trust_remote_code=False
         )
         definition = tokenizer.backend_tokenizer.to_str()
-        padding, side = tokenizer.pad_token_id, tokenizer.padding_side
+        padding = tokenizer.pad_token_id
+        side = tokenizer.padding_side
     if side != "right":
         raise UserError(
             f'its tokenizer pads on the {side}; supported: right, by "padding_side": "right" in '
@@ -140,7 +143,10 @@ def _first_tokenizer(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any
     """The tokenizer of SigLIP 1, with the cleaning that transformers' class does."""
     library = read_definition((folder / TOKENIZER).read_text(encoding="utf-8"))
     token = settings.get("pad_token") or FIRST_PADDING
-    padding = library.token_to_id(token["content"] if isinstance(token, Mapping) else token)
+    text = token
+    if isinstance(token, Mapping):
+        text = token["content"]
+    padding = library.token_to_id(text)
     if padding is None:
         raise UserError(f"{TOKENIZER} has no token {token!r}, the pad_token of {TOKENIZER_CONFIG}")
     if len(library.encode("").ids) != 1:
@@ -158,8 +164,9 @@ def _first_tokenizer(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any
 
 def _clean(library: Backend, steps: list[Any]) -> str:
     """Definition of a tokenizer with more steps before its own normalization."""
-    own = [] if library.normalizer is None else [library.normalizer]
-    library.normalizer = normalizers.Sequence(steps + own)
+    if library.normalizer is not None:
+        steps = [*steps, library.normalizer]
+    library.normalizer = normalizers.Sequence(steps)
     return library.to_str()
 
 

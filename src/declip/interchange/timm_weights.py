@@ -146,7 +146,9 @@ def _classes(rest: Mapping[str, Tensor], width: int) -> Classes | None:
         return None  # two classifiers of a distilled model, or layers before the last
     row = rows[0].flatten(1)  # of a 1 × 1 convolution too
     is_classifier = row.shape[1] == width and len(row) > 1
-    return Classes.of(row) if is_classifier else None
+    if not is_classifier:
+        return None
+    return Classes.of(row)
 
 
 def _fill(
@@ -167,8 +169,8 @@ def _fill(
         with uninitialized():
             tower = ImageTower(architecture, size, embed_dim=8, weights=kept)
     except UserError as error:
-        # The last line of torch's message
-        reason = shorten(str(error.__cause__).split("\n\t")[-1], 160)
+        lines = str(error.__cause__).split("\n\t")  # torch's message
+        reason = shorten(lines[-1], 160)
         raise UserError(
             f"The weights of '{where}' are not those of {architecture}: {reason}"
         ) from error
@@ -197,7 +199,8 @@ def complete(weights: Weights) -> Weights:
     classes = weights.named_classes()
     if classes is None or not weights.has_text or weights.projected:
         return weights
-    return _with_heads(weights, _known_heads(weights, classes), classes.size)
+    heads = _known_heads(weights, classes)
+    return _with_heads(weights, heads, classes.size)
 
 
 def class_start(weights: Weights, texts: Tensor) -> Heads:
@@ -245,7 +248,9 @@ def _known_heads(
 def complete_text(weights: Weights, size: int) -> Weights | None:
     """Add the projections to a published text tower, for images of a size; None if they are not in the cache yet."""
     heads = _read_heads(_cache_file(weights))
-    return None if heads is None else _with_heads(weights, heads, size).text
+    if heads is None:
+        return None
+    return _with_heads(weights, heads, size).text
 
 
 def _with_heads(weights: Weights, heads: Mapping[str, Tensor], size: int | None) -> Weights:
@@ -283,7 +288,9 @@ def class_heads(classes: Classes, texts: Tensor) -> dict[str, Tensor]:
     nothing = Pairs(no_images, no_texts, torch.empty(0).long())
     heads = fit_heads(nothing, pairs, 1.0, DEFAULT_FORM)
     axes = normalize(heads.text, dim=1).mT  # (w, k)
-    heads = heads._replace(image=_scaled(axes @ heads.image), text=_scaled(axes @ heads.text))
+    image_map = _scaled(axes @ heads.image)
+    text_map = _scaled(axes @ heads.text)
+    heads = heads._replace(image=image_map, text=text_map)
     image = {"weight": heads.image}
     text = {"weight": heads.text}
     if heads.classifier is not None:
@@ -302,7 +309,8 @@ def _scaled(head: Tensor) -> Tensor:
 
 
 def _on_grid(tensor: Tensor) -> Tensor:
-    return ((tensor / GRID).round() * GRID).float().contiguous()
+    rounded = (tensor / GRID).round() * GRID
+    return rounded.float().contiguous()
 
 
 @torch.inference_mode()

@@ -17,7 +17,8 @@ from declip.data.text.tokenizer import (
 from declip.interchange.json_files import write_json
 from declip.interchange.layouts import CLIP_MERGES, NO_MERGES
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+START = "<|startoftext|>"
+END = "<|endoftext|>"
 PIECE = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # CLIP's pattern, as in `declip.data.text.tokenizer`
 REPLACED = (
     ("&amp;", "&"), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&nbsp;", " "),
@@ -37,7 +38,9 @@ def clip_tokenizer(vocabulary: Mapping[str, int]) -> Tokenizer | None:
     if not 0 <= merges <= CLIP_MERGES:
         return None
     tokenizer = Tokenizer(merges=merges)
-    return tokenizer if vocabulary == backend(tokenizer).get_vocab() else None
+    if vocabulary != backend(tokenizer).get_vocab():
+        return None
+    return tokenizer
 
 
 def backend(tokenizer: CaptionTokenizer) -> Backend:
@@ -60,8 +63,9 @@ def _clip_backend(tokenizer: Tokenizer) -> Backend:
     vocabulary = {**model["vocab"], START: tokenizer.start, END: tokenizer.end}
     merges = []
     for merge in model["merges"]:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        merges.append(tuple(pair))
+        if isinstance(merge, str):
+            merge = merge.split(" ")
+        merges.append(tuple(merge))
     written = Backend(
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", unk_token=END)
     )

@@ -178,8 +178,10 @@ def save_tensors(
             metadata,
         )
     except SafetensorError as error:  # of a full disk too
-        if match := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
+        match = re.search(r"os error (\d+)", str(error))
+        if match:
+            number = int(match[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
     _set_mode(path, mode)
 

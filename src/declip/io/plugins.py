@@ -92,10 +92,14 @@ def plugin_recipe(name: str) -> Path | None:
     point = plugins("recipes").get(name)
     spec = find_spec(point.module) if point else None
     folders = (spec.submodule_search_locations if spec else None) or ()
-    return next(
-        (path for folder in folders if (path := Path(folder) / f"{name}.yaml").is_file()), None
-    )
+    for folder in folders:
+        path = Path(folder) / f"{name}.yaml"
+        if path.is_file():
+            return path
+    return None
 
 
 def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else point.value
+    if not point.dist:
+        return point.value
+    return point.dist.name

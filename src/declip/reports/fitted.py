@@ -32,13 +32,18 @@ class Verdict(NamedTuple):
 
 def verdict_of(gain: Mapping[str, float], pairs: int) -> Verdict:
     """Judge a gain by its 95 % interval, whose width falls with the square root of the number of pairs."""
-    value, low, high = gain["value"], gain["low"], gain["high"]
+    value = gain["value"]
+    low = gain["low"]
+    high = gain["high"]
     if low > 0:
         return Verdict("better")
     if value <= 0 or high < LEAST_GAIN:
         return Verdict("no better")
     times = ((value - low) / value) ** 2
-    return Verdict("unclear", ceil(pairs * (times - 1)) if times <= MOST_TIMES else 0)
+    more = 0
+    if times <= MOST_TIMES:
+        more = ceil(pairs * (times - 1))
+    return Verdict("unclear", more)
 
 
 def fitted_lines(run: FittedRun) -> list[str]:
@@ -65,7 +70,9 @@ def first_line(queries: Mapping[str, Any]) -> str:
 
 def place_of(percentile: Mapping[str, float] | None) -> int | None:
     """The mean place of the right one among 100, by the mean fraction of the others that it beats."""
-    return None if percentile is None else round(100 - 99 * percentile["value"])
+    if percentile is None:
+        return None
+    return round(100 - 99 * percentile["value"])
 
 
 def write_fitted_report(

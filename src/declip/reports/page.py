@@ -31,7 +31,9 @@ class Table:
 def points(fraction: float) -> str:
     """Format a difference in percentage points with its sign: "−2.1", "+0.35"."""
     value = 100 * fraction
-    digits = 1 if abs(value) >= 1 else 2
+    digits = 2
+    if abs(value) >= 1:
+        digits = 1
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
@@ -78,7 +80,8 @@ def environment(plain_text: bool = False) -> Environment:
 def render(template: str, **context: Any) -> str:
     """Render a template with the version, the date and its context."""
     now = datetime.datetime.now().strftime("%d %B %Y, %H:%M")
-    loaded = environment(template.endswith(".txt")).get_template(template)
+    templates = environment(template.endswith(".txt"))
+    loaded = templates.get_template(template)
     return loaded.render(version=declip.__version__, date=now, **context)
 
 

@@ -102,7 +102,9 @@ def measures_table(run: Run) -> Table:
             loss = (name, "validation loss", _loss(result), NONE, NONE, f"{result.images:,}")
             rows.append((*loss, step, _loss(first), NONE))
     columns = (*COLUMNS, "step", *CHANGE)
-    shown = len(columns) if started else len(columns) - len(CHANGE)
+    shown = len(columns)
+    if not started:
+        shown -= len(CHANGE)
     cells = tuple(row[:shown] for row in rows)
     return Table("All last evaluations", columns[:shown], cells, texts=2)
 
@@ -122,7 +124,9 @@ def loss_charts(run: Run) -> list[dict[str, Any]]:
     logged = [row.get("losses", {}) for row in run.metrics]
     for name in dict.fromkeys(chain(*logged)):
         known = facts.get(name, {"title": name, "explanation": "", "chance": None})
-        notes = [known["explanation"]] if known["explanation"] else []
+        notes = list[str]()
+        if known["explanation"]:
+            notes.append(known["explanation"])
         if name in weights:
             notes.append(f"Weight {weights[name]:g}.")
         if known["chance"] is not None:
@@ -151,7 +155,8 @@ def accuracy_charts(run: Run) -> list[dict[str, Any]]:
                 line.append(measures[name].value)
         first = measures[shown[0]]
         steps = [row.step for row in rows]
-        svg = score_chart(lines, steps, first.chance).svg(f"accuracy-{number}")
+        chart = score_chart(lines, steps, first.chance)
+        svg = chart.svg(f"accuracy-{number}")
         explanation = f"{names[last.dataset]}, n = {first.n:,}"
         charts.append({"title": last.task, "svg": svg, "explanation": explanation})
     return charts

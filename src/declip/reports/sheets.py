@@ -13,12 +13,20 @@ from declip.io.text import sanitize
 from declip.search.index import Hit, Index
 
 COLUMNS = 8
-SIDE, GAP, MARGIN, HEAD = 148, 16, 28, 60
-"""Pixels: of an image, between images, around the sheet, from the margin to the first row."""
+# In pixels
+SIDE = 148  # of an image
+GAP = 16  # between images
+MARGIN = 28  # around the sheet
+HEAD = 60  # from the margin to the first row
+LINE = 17  # of a caption
 
-LETTERS, LINES, LINE = 19, 3, 17  # letters per line of a caption, lines, and pixels per line
+LETTERS = 19  # in a line of a caption
+LINES = 3  # of a caption
 CELL = SIDE + LINES * LINE + GAP
-INK, QUIET, PAPER, FRAME = "#1c2127", "#5b6470", "#fbfaf7", "#d9d5cc"
+INK = "#1c2127"
+QUIET = "#5b6470"
+PAPER = "#fbfaf7"
+FRAME = "#d9d5cc"
 
 
 def search_sheet(
@@ -51,7 +59,8 @@ def search_sheet(
         row, column = divmod(number, COLUMNS)
         left = MARGIN + column * (SIDE + GAP)
         top = MARGIN + HEAD + row * CELL
-        _paste(paper, pen, _read(index, hit), left, top, SIDE)
+        shown = _read(index, hit)
+        _paste(paper, pen, shown, left, top, SIDE)
         caption = sanitize(f"{hit.score:.3f}  {hit.caption or hit.key}")
         most = LINES - bool(hit.copies)
         lines = wrap(caption, LETTERS, max_lines=most, placeholder="…")

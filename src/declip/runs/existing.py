@@ -59,7 +59,9 @@ def moved_lists(recipe: Recipe, folder: Path) -> Recipe:
     def moved(name: str) -> str:
         here = folder / Path(name).name
         is_here = here.name in SPLIT and here.is_file()
-        return str(here) if is_here and not Path(name).exists() else name
+        if is_here and not Path(name).exists():
+            return str(here)
+        return name
 
     changed: dict[str, Any] = {}
     for key, names in recipe.evaluation:

@@ -35,7 +35,9 @@ EVALUATIONS = "evaluations.jsonl"
 SKIPPED = "skipped.json"
 EXAMPLES = "examples.json"  # facts and example pairs for the report
 TRACKING = "tracking.json"  # ids of the run in the trackers of train.report_to
-MIXTURE, MIXED = "mixture.json", "mixed.safetensors"  # of a fine-tuning, see `declip.finetuning`
+# Of a fine-tuning, see `declip.finetuning`
+MIXTURE = "mixture.json"
+MIXED = "mixed.safetensors"
 LOCK = ".lock"
 KEPT = "start.safetensors"  # pretrained weights that a run started from, for resuming and for interpolation
 # Recipe keys that may differ when a run is resumed, because they change no number
@@ -102,7 +104,8 @@ class Run:
         """Evaluations with protocols of this version, by step."""
         evaluated = []
         for row in sorted(self.evaluations, key=lambda row: int(row["step"])):
-            result, step = read_result(row), row["step"]
+            result = read_result(row)
+            step = row["step"]
             if result is not None:
                 evaluated.append(Evaluated(step, result, row.get("best_step", step)))
         return evaluated
@@ -161,7 +164,9 @@ class Run:
     def samples_per_second(self) -> float | None:
         """Median over the logged steps."""
         speeds = self.column("samples_per_second")
-        return float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None
+        if not np.isfinite(speeds).any():
+            return None
+        return float(np.nanmedian(speeds))
 
     @property
     def steps(self) -> np.ndarray:
@@ -171,7 +176,9 @@ class Run:
     def column(self, name: str) -> np.ndarray:
         """(rows,) float64 of a metric; "losses.NAME" for a loss; NaN where a row lacks it."""
         section, _, key = name.rpartition(".")
-        rows = [row.get(section, {}) if section else row for row in self.metrics]
+        rows = self.metrics
+        if section:
+            rows = [row.get(section, {}) for row in rows]
         return np.array([row.get(key) for row in rows], dtype=np.float64)
 
 
@@ -199,7 +206,8 @@ def lock_folder(folder: Path) -> FileIO:
         _lock(file, folder)
     with suppress(OSError):
         # Removed since it was opened
-        opened, there = os.fstat(file.fileno()), os.stat(folder / LOCK)
+        opened = os.fstat(file.fileno())
+        there = os.stat(folder / LOCK)
         if not os.path.samestat(opened, there):
             file.close()
             return lock_folder(folder)
@@ -264,9 +272,11 @@ def kept_encoder(text: TextTowerConfig, folder: Path) -> TextEncoder | WrappedMo
 
 def refuse_another(recipe: Recipe, earlier: Recipe, folder: Path) -> None:
     """Refuse to resume a run with a recipe that changes its numbers."""
-    now, then = (flat(each.model_dump(mode="json")) for each in (recipe, earlier))
+    now = flat(recipe.model_dump(mode="json"))
+    then = flat(earlier.model_dump(mode="json"))
     keys = sorted((now.keys() | then.keys()) - {*CHANGEABLE})
-    if changed := [key for key in keys if now.get(key) != then.get(key)]:
+    changed = [key for key in keys if now.get(key) != then.get(key)]
+    if changed:
         shown = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise UserError(
             f"'{folder}' is a run of another recipe: {shown}. Resume with the same recipe and overrides, or choose "
@@ -303,17 +313,22 @@ def drop_rows(path: Path, after: int) -> None:
         return
     rows = read_rows(path)
     lines = [line for line in _text(path).split("\n") if line]
-    if damaged := len(lines) - len(rows):
+    damaged = len(lines) - len(rows)
+    if damaged:
         log.warning("Removed %d damaged lines of %s.", damaged, path)
     kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= after]
     write_text(path, "".join(kept))
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file of a run; empty if it is not there."""
     text = _text(path)
-    return dict(json.loads(text)) if text else {}
+    if not text:
+        return {}
+    return dict(json.loads(text))

@@ -54,7 +54,9 @@ def auto_precision(device: torch.device, folder: Path, resume: bool) -> str:
     """What train.precision=auto means: that of a resumed run, else the fastest of the device."""
     if resume and (folder / RECIPE).is_file():
         return read_recipe(folder).train.precision
-    return "bf16" if computes_bf16(device) else "fp32"
+    if computes_bf16(device):
+        return "bf16"
+    return "fp32"
 
 
 def assemble(
@@ -112,7 +114,9 @@ def assemble(
     if not distributed.is_rank_zero():
         distributed.seed_rank(recipe.seed, 0)
     # --- loader and held-out sets
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    threads = 1
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
     workers = auto_workers(threads) if recipe.data.workers == "auto" else recipe.data.workers
     loader = build_loader(source, model, objective, workers, extensions.augment)
     tasks = held_out.tasks(recipe.evaluation, final=True)
@@ -147,7 +151,8 @@ def _build_model(
 
 def auto_workers(training: int) -> int:
     """Number of loader processes: this rank's share of the machine's processors, minus the `training` threads."""
-    own = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own = cores() // processes
     return max(0, min(MOST_LOADERS, own - training))
 
 

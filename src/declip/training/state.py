@@ -60,7 +60,8 @@ class BestEvaluation:
             if isinstance(result, ZeroShotResult) and result.dataset in evaluation.zero_shot:
                 classified.append(result)
         score = fmean(result.headline.value for result in retrieved or classified)
-        loss = fmean([result.loss or 0.0 for result in retrieved] or [0.0])
+        losses = [result.loss or 0.0 for result in retrieved]
+        loss = fmean(losses or [0.0])
         better = (score, -loss) > (self.score, -self.loss)
         if better:
             self.step = step
@@ -99,7 +100,8 @@ class Prepared(NamedTuple):
     lists: Lists = NO_LISTS  # of a split, to be written into the run folder
 
 
-NO_EXTENSIONS, NOTHING_PREPARED = Extensions(), Prepared()
+NO_EXTENSIONS = Extensions()
+NOTHING_PREPARED = Prepared()
 
 
 @dataclass
@@ -196,7 +198,9 @@ def restore(state: RunState, checkpoint: Checkpoint) -> None:
         distributed.seed_rank(state.recipe.seed, checkpoint.step)
     progress.step = checkpoint.step
     progress.skipped = SkipCounter.from_dict(extra["skipped"])
-    progress.best = BestEvaluation(**extra["best"]) if "best" in extra else None
+    progress.best = None
+    if "best" in extra:
+        progress.best = BestEvaluation(**extra["best"])
     changed = []
     for name, value in versions().items():
         before = extra["versions"].get(name)
@@ -213,7 +217,9 @@ def restore(state: RunState, checkpoint: Checkpoint) -> None:
 def _refuse_other_pairs(state: RunState, before: Mapping[str, list[str]]) -> None:
     for name, now in state.samples.items():
         then = before.get(name, now)
-        pairs = f"{name} '{state.source.name}'" if name == TRAINING else f"set '{name}'"
+        pairs = f"set '{name}'"
+        if name == TRAINING:
+            pairs = f"{name} '{state.source.name}'"
         # A broken pair, empty here, may be repaired.
         both = zip(then[1:], now[1:], strict=False)
         differ = sum(a != b for a, b in both if a and b)

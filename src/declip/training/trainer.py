@@ -115,7 +115,9 @@ class Trainer:
         trained = sum(p.numel() for p in itertools.chain(*groups)) / 1e6
         named = state.objective.weights.items()
         weights = ", ".join(f"{weight:g} {name}" for name, weight in named)
-        begins = f"Resuming at step {step}" if step else "Starting"
+        begins = "Starting"
+        if step:
+            begins = f"Resuming at step {step}"
         log.info(
             f"{begins}: {describe_source(state.source)}; "
             f"{trained:,.2f} M trainable parameters; {weights}; {state.model.device}, "
@@ -147,7 +149,8 @@ class Trainer:
                 began = time.perf_counter()
                 values, lr = self._step(batch, sync)
                 progress.step += 1
-                step, done = progress.step, progress.step >= train.steps
+                step = progress.step
+                done = step >= train.steps
                 stopped = sync.stop or (self.stop.asked and len(sync.rows) == 1)
                 # Elsewhere a wait for the device, so only where one is due
                 if state.model.device.type == "cpu":
@@ -171,7 +174,8 @@ class Trainer:
                 if self._evaluation_due():
                     self._refuse_nonfinite(values)
                     with self._saving(monitor):
-                        self._update_best(self.evaluate(monitor))
+                        results = self.evaluate(monitor)
+                        self._update_best(results)
 
                 # --- save
                 best = progress.best is not None and progress.best.step == step
@@ -251,7 +255,8 @@ class Trainer:
             self._advance(monitor)
             return
         # A collective and a wait for the device, so only at logged steps.
-        means = distributed.average(torch.stack(list(values.values()))).tolist()
+        stacked = torch.stack(list(values.values()))
+        means = distributed.average(stacked).tolist()
         numbers = dict(zip(values, means, strict=True))
         logit_scale = self.state.model.logit_scale.detach().exp().item()
         # A callback may take longer than ranks wait for each other at a step.
@@ -274,7 +279,9 @@ class Trainer:
 
     def _check_skipped(self) -> None:
         """Warn of lost pairs after the last step; refuse a run that had no pair."""
-        skipped, seen, name = self.progress.skipped, self.loader.seen, self.state.source.name
+        skipped = self.progress.skipped
+        seen = self.loader.seen
+        name = self.state.source.name
         if skipped.total >= seen:
             raise UserError(
                 f"No pair of '{name}' could be used, so nothing was learned. {skipped.explanation()}"

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 FLAT_AFTER = 300  # steps after which a contrastive loss still at chance level is worth a warning
 STARVED = 0.25  # fraction of time spent waiting for batches above which a warning is due
-LEAST_STEPS, LEAST_SECONDS = 20, 5.0  # before a verdict about the loader
+# Before a verdict about the loader
+LEAST_STEPS = 20
+LEAST_SECONDS = 5.0
 WARM = 3  # steps after a start of the workers that do not count, because their queue is empty
 
 
@@ -21,7 +23,8 @@ class LossMonitor:
 
     def check(self, step: int, losses: Mapping[str, float]) -> str | None:
         """Return the warning that is due after a number of steps, if any."""
-        name, loss = self.watched, losses.get(self.watched or "")
+        name = self.watched
+        loss = losses.get(name or "")
         if loss is None or not math.isfinite(loss):  # the trainer handles those that are not finite
             return None
         # Pretrained weights may begin far above chance: only a rise above the lowest loss so far counts.
@@ -47,7 +50,9 @@ class ThroughputMonitor:
     """Warns once when steps wait for the loader for much of their time."""
 
     def __init__(self) -> None:
-        self._steps, self._waited, self._total = -WARM, 0.0, 0.0
+        self._steps = -WARM
+        self._waited = 0.0
+        self._total = 0.0
 
     def check(self, waited: float, took: float, workers: int) -> str | None:
         """Count a step by its seconds of waiting and computing; return the warning that is due, if any."""
